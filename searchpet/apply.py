@@ -1,0 +1,204 @@
+"""From a spec to a model: `apply` grafts its deltas, `load` also restores the trained tensors.
+
+An applied model is the transformers model itself with one submodule more, `model.searchpet`; its
+forward, its loss and its `.logits` are unchanged, so `transformers.Trainer` trains it as it is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from searchpet.backbone import config_hash, load_backbone
+from searchpet.deltas import Delta
+from searchpet.discover import discover
+from searchpet.errors import InputError
+from searchpet.run import RunFolder
+from searchpet.site import Site
+from searchpet.spec import Entry, Spec, first_problem
+from searchpet.supernet import Graft, Grafts, freeze, seeded
+
+DELTA_FILE = "delta.safetensors"
+
+
+class Trained(BaseModel):
+    """What delta.safetensors says of itself: enough to rebuild the model and read its output."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    spec_hash: str
+    task: str
+    type: Literal["classification", "regression"]
+    fields: tuple[str, ...] = Field(min_length=1, max_length=2)
+    labels: tuple[str, ...]
+    metrics: tuple[str, ...] = Field(min_length=1)
+    max_length: int = Field(gt=0)
+
+    @property
+    def outputs(self) -> int:
+        return len(self.labels) or 1
+
+
+def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None,
+          seed: int = 0) -> nn.Module:
+    """Graft a spec's deltas, silent and trainable, into a transformers model; return the model.
+
+    Everything else is frozen but the head: the parameters named in `head`, by default those
+    outside the model's base model.  seed: of the deltas' random factors.
+    Raises InputError when the spec was made for another architecture, names a site or a
+    coordinate that is not there, or costs another number of parameters than it says.
+    """
+    if hasattr(model, "searchpet"):
+        raise InputError("a model takes one spec at a time, but this one has deltas already; "
+                         "load it again, or merge them first")
+    _same_architecture(model, spec)
+    sites = {(site.path, site.role): site for site in discover(model)}
+    grafts = [Graft(site, entry.kind, delta) for entry in spec.entries
+              for site, delta in [_delta(entry, sites, seed)]]
+    count = sum(p.numel() for graft in grafts for p in graft.delta.parameters())
+    head = outside_base(model) if head is None else head
+    counted = count
+    if spec.budget.counts == "deltas and head":
+        counted += sum(p.numel() for n, p in model.named_parameters() if n in head)
+    elif counted != spec.budget.used:
+        raise InputError(f"a spec must cost what it says, {spec.budget.used:,} parameters, but "
+                         f"its deltas have {counted:,}; it was edited or damaged")
+    if counted > spec.budget.limit:
+        raise InputError(f"a spec must stay within its budget of {spec.budget.limit:,} "
+                         f"parameters, but its deltas have {counted:,}")
+    freeze(model, head)
+    model.searchpet = Grafts(model, grafts)
+    return model
+
+
+def load(run: str | Path, *, device: str = "cpu") -> nn.Module:
+    """The trained model of a run folder: the transformers class, in evaluation mode.
+
+    The backbone comes from where its name says (hub, demo extra); for one that was a local
+    folder give that folder to `restore`.  Raises InputError for a damaged or foreign file.
+    """
+    return restore(run).to(device)
+
+
+def restore(run: str | Path, model: str | None = None) -> nn.Module:
+    """`load` with another place to take the backbone from (a local folder)."""
+    folder = RunFolder(run)
+    spec = Spec.load(folder.path)
+    tensors, trained = read_delta(folder)
+    if trained.spec_hash != spec.hash:
+        raise InputError(f"{folder.path / DELTA_FILE} must belong to the spec beside it "
+                         f"({spec.hash[:12]}…), but is of {trained.spec_hash[:12]}…")
+    backbone = load_backbone(
+        model or origin(folder) or spec.backbone.name, outputs=trained.outputs,
+        regression=trained.type == "regression", seed=0,
+        revision=None if model or origin(folder) else spec.backbone.revision)
+    if backbone.identity.revision != spec.backbone.revision:
+        raise InputError(
+            f"the backbone must be {spec.backbone.name} at {spec.backbone.revision}, but the one "
+            f"found is at {backbone.identity.revision}: other weights give other predictions")
+    applied = apply(backbone.model, spec, head=backbone.head)
+    name_labels(applied, trained.labels)
+    write_tensors(applied, backbone.head, tensors, folder.path / DELTA_FILE)
+    return applied.eval()
+
+
+def origin(folder: RunFolder) -> str | None:
+    """The local folder that the run's backbone was taken from, if it was one and is there."""
+    if not folder.has("settings.json"):
+        return None
+    model = folder.read_json("settings.json").get("model")
+    return model if isinstance(model, str) and Path(model).is_dir() else None
+
+
+def name_labels(model: nn.Module, labels: tuple[str, ...]) -> None:
+    """Write the class names into the model's config."""
+    if labels:
+        config: Any = model.config
+        config.id2label = dict(enumerate(labels))
+        config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def read_delta(folder: RunFolder) -> tuple[dict[str, Tensor], Trained]:
+    """Tensors of delta.safetensors and what they are for.  Raises InputError if damaged."""
+    tensors, metadata = folder.read_tensors(DELTA_FILE)
+    try:
+        return tensors, Trained.model_validate(json.loads(metadata.get("searchpet", "null")))
+    except ValidationError as error:
+        raise InputError(f"{folder.path / DELTA_FILE}: {first_problem(error)}") from error
+    except ValueError as error:
+        raise InputError(f"{folder.path / DELTA_FILE} must say what it is for: {error}") from error
+
+
+def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],
+               trained: Trained) -> None:
+    """Write the trained tensors, deltas and head, and nothing else."""
+    folder.write_tensors(DELTA_FILE, trained_tensors(model, head),
+                         {"searchpet": trained.model_dump_json()})
+
+
+def trained_tensors(model: nn.Module, head: frozenset[str]) -> dict[str, Tensor]:
+    """`path:role:kind/parameter` for deltas, `head/name` for the head."""
+    grafts = model.searchpet
+    assert isinstance(grafts, Grafts)  # callers have applied a spec
+    parameters = dict(model.named_parameters())
+    return {**grafts.tensors(), **{f"head/{name}": parameters[name] for name in sorted(head)}}
+
+
+@torch.no_grad()
+def write_tensors(model: nn.Module, head: frozenset[str], tensors: Mapping[str, Tensor],
+                  origin: str | Path) -> None:
+    """Copy stored tensors into an applied model.  Raises InputError unless names and shapes
+    match exactly.
+    """
+    own = trained_tensors(model, head)
+    missing, extra = own.keys() - tensors.keys(), tensors.keys() - own.keys()
+    if missing or extra:
+        name, state = (min(missing), "lacks") if missing else (min(extra), "has the unknown")
+        raise InputError(f"{origin} must hold exactly the tensors of its spec and head, but "
+                         f"{state} {name}")
+    for name, target in own.items():
+        if target.shape != tensors[name].shape:
+            raise InputError(f"{origin}: {name} must have shape {tuple(target.shape)}, but has "
+                             f"{tuple(tensors[name].shape)}")
+        target.copy_(tensors[name])
+
+
+def outside_base(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters outside a transformers model's base model: its head."""
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not hasattr(model, prefix):
+        return frozenset()
+    return frozenset(n for n, _ in model.named_parameters() if not n.startswith(f"{prefix}."))
+
+
+def _same_architecture(model: nn.Module, spec: Spec) -> None:
+    config: Any = getattr(model, "config", None)
+    if config is None:
+        raise InputError("a spec must be applied to a transformers model (one with a config), "
+                         f"but got {type(model).__name__}")
+    if config_hash(config) != spec.backbone.config_hash:
+        raise InputError(
+            f"a spec must be applied to the architecture it was made for, {spec.backbone.name} "
+            f"(config {spec.backbone.config_hash[:12]}…), but this model's config is "
+            f"{config_hash(config)[:12]}…; search again on this model")
+
+
+def _delta(entry: Entry, sites: Mapping[tuple[str, str], Site], seed: int) -> tuple[Site, Delta]:
+    site = sites.get((entry.path, entry.role))
+    if site is None:
+        raise InputError(f"a spec must name sites of the model, but it has no {entry.role} at "
+                         f"{entry.path}; see `searchpet sites`")
+    delta = seeded(site, entry.kind, dict(entry.options), seed)
+    if entry.kept[-1] >= delta.width:
+        raise InputError(f"{entry.key}: kept coordinates must be below {delta.width}, but got "
+                         f"{entry.kept[-1]}")
+    if len(entry.kept) == delta.width:
+        return site, delta
+    keep = torch.zeros(delta.width, dtype=torch.bool)
+    keep[torch.tensor(entry.kept)] = True
+    return site, delta.thin(keep)

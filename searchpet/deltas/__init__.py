@@ -1,0 +1,108 @@
+"""Delta: a gated graft on a site.  One kind per file of this folder, found by name.
+
+A delta has `width` coordinates.  Coordinate i is multiplied by a gate z_i and is silent at
+z_i = `neutral`.  Kinds are final: they subclass Delta and nothing subclasses them.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from searchpet.site import Site
+
+Stage = Literal["parallel", "sequential"]
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A delta written as `M x + g * y + c`; None stands for zero.
+
+    M: (d_out, d_in), g: (d_out,), c: (d_out,); gates and scales are inside.
+    """
+
+    M: Tensor | None = None
+    g: Tensor | None = None
+    c: Tensor | None = None
+
+
+class Delta(nn.Module, abc.ABC):
+    """What every kind provides.  Options are keyword arguments of `__init__`.
+
+    stage:   `parallel` deltas see the site's x and y; `sequential` ones see the y that the
+             parallel ones have changed.
+    neutral: the gate value at which the delta is silent.
+    atoms:   True where coordinates are atoms of a factorisation, False where they are channels.
+    """
+
+    stage: Stage = "parallel"
+    neutral: ClassVar[float] = 0.0
+    atoms: ClassVar[bool] = False
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    @classmethod
+    @abc.abstractmethod
+    def fits(cls, site: Site) -> bool:
+        """Whether this kind makes sense at the site."""
+
+    @abc.abstractmethod
+    def cost(self) -> Tensor:
+        """Parameters of each coordinate, int64 (width,), on the CPU.  Sums to the numel."""
+
+    @abc.abstractmethod
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        """x (..., d_in), y (..., d_out), z (width,) or (batch, 1, width) -> (..., d_out)."""
+
+    @abc.abstractmethod
+    def thin(self, keep: Tensor) -> Delta:
+        """A delta with only the coordinates where keep (width,) is True.
+
+        The same function as gating with z = keep; parameters are copies.
+        """
+
+    def affine(self, z: Tensor) -> Affine | None:
+        """The delta at gates z (width,) as an affine map, or None where it is not one."""
+        return None
+
+
+def each(width: int, cost: int) -> Tensor:
+    """int64 (width,) filled with `cost`, on the CPU whatever the default device."""
+    return torch.full((width,), cost, dtype=torch.int64, device="cpu")
+
+
+class Channels(nn.Module):
+    """A vector over output channels of which only some may exist.
+
+    `value` (k,) are the stored entries, `index` (k,) their channels, None for all of them.
+    """
+
+    index: Tensor | None
+
+    def __init__(self, size: int, index: Tensor | None = None) -> None:
+        super().__init__()
+        self.size = size
+        self.value = nn.Parameter(torch.zeros(size if index is None else len(index)))
+        self.register_buffer("index", index, persistent=False)
+
+    def at(self, z: Tensor) -> Tensor:
+        """z (k,) or (batch, 1, k) -> z * value at the stored channels, 0 elsewhere (..., size)."""
+        v = z * self.value
+        if self.index is None:
+            return v
+        full = v.new_zeros(*v.shape[:-1], self.size)
+        return full.index_copy(-1, self.index, v)
+
+    def thin(self, keep: Tensor) -> Channels:
+        """The stored entries where keep (k,) is True."""
+        chosen = keep.nonzero().squeeze(-1)
+        index = chosen if self.index is None else self.index[chosen]
+        thinner = Channels(self.size, index)
+        thinner.value.data.copy_(self.value.data[chosen])
+        return thinner

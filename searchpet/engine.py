@@ -1,0 +1,276 @@
+"""The engine: `search` and `train` as whole jobs with a run folder; evaluate, predict, plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from searchpet.apply import apply, load, origin, read_delta, restore
+from searchpet.batch import encode
+from searchpet.errors import InputError
+from searchpet.merge import merge
+from searchpet.propose import STRATEGY, propose, space_of
+from searchpet.run import Listener, RunFolder, silent
+from searchpet.session import Outcome, Session, Settings, asked
+from searchpet.spec import Spec
+from searchpet.task import Split, load_task, read_texts
+from searchpet.train import evaluate as measure_model
+from searchpet.train import predict as logits_of
+
+__all__ = ["Result", "apply", "evaluate", "load", "merge", "predict", "search", "train"]
+
+CONTROLS = ("random", "random:unit")
+
+
+@dataclass(frozen=True)
+class Result:
+    """A finished run: where it is, the spec (None for references), the content of result.json."""
+
+    path: Path
+    spec: Spec | None
+    values: dict[str, Any]
+
+    @property
+    def score(self) -> float:
+        return float(self.values["score"])
+
+
+def search(
+    *,
+    strategy: str = STRATEGY,
+    space: str | None = None,
+    set: Mapping[str, Any] | None = None,
+    budget: str = "0.01%",
+    controls: int = 1,
+    full: bool = False,
+    test: bool = False,
+    count_head: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    listener: Listener = silent,
+    **settings: Any,
+) -> Result:
+    """Find a structure, train it, train the controls, write the run folder.
+
+    settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
+    of the strategy.  `full` also trains full fine-tuning, for reference.
+    Raises InputError for whatever is wrong with the input.
+    """
+    chosen = Settings(**settings)
+    if controls < 0:
+        raise InputError(f"--controls must be >= 0, but got {controls}")
+    folder = RunFolder(out or default_out(chosen, budget, strategy))
+    folder.start(asked(chosen, command="search", strategy=strategy,
+                       space=space_of(strategy, space), set=dict(set or {}), budget=budget,
+                       controls=controls, full=full, test=test, count_head=count_head), resume)
+    if folder.has("result.json"):
+        return Result(folder.path, Spec.load(folder.path), folder.read_json("result.json"))
+    session = Session(chosen, listener)
+    _check_test(session, test)
+    for warning in session.task.warnings:
+        folder.log(warning=warning)
+
+    def one(name: str, sub: RunFolder, seed: int, **more: Any) -> dict[str, Any]:
+        return _find_and_train(session, sub, name, budget=budget, structure_seed=seed, test=test,
+                               count_head=count_head, **more)
+
+    main = one(strategy, folder, chosen.seed, space=space, given=set or {})
+    rows = [
+        {**one(name, folder.sub(f"controls/{name.replace(':', '-')}-{i}"), chosen.seed + i,
+               space=space, given={}), "name": name}
+        for i in range(controls) for name in CONTROLS
+    ]
+    reference = _reference(session, folder.sub("controls/full"), "full", test) if full else None
+    spec = Spec.load(folder.path)
+    values = {
+        **_values(session, spec, main, test), "strategy": strategy,
+        "space": spec.provenance["space"],
+        "controls": [{k: row[k] for k in ("name", "score", "trainable")} for row in rows],
+        "full_finetune": reference["score"] if reference else None,
+    }
+    folder.write_json("result.json", values)
+    return Result(folder.path, spec, values)
+
+
+def train(
+    spec: Spec | str | Path | None = None,
+    *,
+    reference: str | None = None,
+    sweep: bool = False,
+    test: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    listener: Listener = silent,
+    **settings: Any,
+) -> Result:
+    """Train a spec, or a reference: `full` fine-tuning or the `head` alone.
+
+    sweep: try a third and three times tau as well, choose by validation.
+    Raises InputError for whatever is wrong with the input.
+    """
+    chosen = Settings(**settings)
+    if (spec is None) == (reference is None):
+        raise InputError("train takes a spec, --full or --head-only: exactly one of them")
+    found = spec if isinstance(spec, Spec) or spec is None else Spec.load(spec)
+    label = found.hash[:8] if found else str(reference)
+    folder = RunFolder(out or f"runs/{_short(chosen.task)}-{_short(chosen.model)}-train-{label}"
+                              f"-s{chosen.seed}")
+    folder.start(asked(chosen, command="train", spec=found.hash if found else None,
+                       reference=reference, sweep=sweep, test=test), resume)
+    if folder.has("result.json"):
+        return Result(folder.path, found, folder.read_json("result.json"))
+    session = Session(chosen, listener)
+    _check_test(session, test)
+    if found:
+        check_backbone(session, found)
+        found.save(folder.path / "spec.json")
+    row = _trained(session, folder, found or str(reference), sweep=sweep, test=test)
+    values = {
+        **_values(session, found, row, test),
+        "strategy": found.provenance.get("strategy", "spec") if found else reference,
+        "controls": [], "full_finetune": row["score"] if reference == "full" else None,
+    }
+    folder.write_json("result.json", values)
+    return Result(folder.path, found, values)
+
+
+def check_backbone(session: Session, spec: Spec) -> None:
+    """Raise InputError unless the session's backbone is the one that the spec names."""
+    if session.identity.config_hash != spec.backbone.config_hash:
+        raise InputError(f"a spec must be trained on the architecture it was made for, "
+                         f"{spec.backbone.name}, but --model is {session.identity.name}, another "
+                         "architecture; search on that model instead")
+
+
+def _find_and_train(session: Session, folder: RunFolder, strategy: str, *, space: str | None,
+                    budget: str, given: Mapping[str, Any], structure_seed: int, test: bool,
+                    count_head: bool) -> dict[str, Any]:
+    """Spec and training of one strategy in its folder; what is there already is kept."""
+    if not folder.has("spec.json"):
+        spec, seconds = propose(session, folder, strategy=strategy, space=space, budget=budget,
+                                given=given, seed=structure_seed, count_head=count_head)
+        folder.write_json("search.json", {"seconds": seconds})
+        spec.save(folder.path / "spec.json")
+        folder.drop("search.checkpoint.safetensors")
+    row = _trained(session, folder, Spec.load(folder.path), test=test)
+    return {**row, "search_seconds": folder.read_json("search.json")["seconds"]}
+
+
+def _reference(session: Session, folder: RunFolder, name: str, test: bool) -> dict[str, Any]:
+    return _trained(session, folder, name, test=test)
+
+
+def _trained(session: Session, folder: RunFolder, method: Spec | str, *, sweep: bool = False,
+             test: bool = False) -> dict[str, Any]:
+    """Train once per folder; training.json keeps the outcome."""
+    if not folder.has("training.json"):
+        seed = session.settings.seed
+        tried = session.sweep(method, folder, seed) if sweep else []
+        tau = max(tried, key=lambda pair: pair[1])[0] if tried else None
+        outcome = session.fit(method, folder, seed, tau=tau, test=test)
+        folder.write_json("training.json", {**outcome_row(outcome), "sweep": tried})
+        folder.drop("train.checkpoint.safetensors")
+    return dict(folder.read_json("training.json"))
+
+
+def outcome_row(outcome: Outcome) -> dict[str, Any]:
+    """An outcome as plain values; `score` is test's first metric where test was asked for."""
+    metrics = outcome.test or outcome.metrics
+    return {
+        "score": next(iter(metrics.values())), "metrics": metrics,
+        "validation_score": outcome.score, "trainable": outcome.trainable, "head": outcome.head,
+        "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
+    }
+
+
+def _values(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
+            ) -> dict[str, Any]:
+    """The part of result.json that every run has."""
+    backbone = session.identity.parameters
+    return {
+        "task": session.task.name, "metric": session.task.metrics[0],
+        "split": "test" if test else "validation", "score": row["score"],
+        "metrics": row["metrics"], "validation_score": row["validation_score"],
+        "budget_limit": spec.budget.limit if spec else None, "trainable": row["trainable"],
+        "head": row["head"], "backbone": backbone, "fraction": row["trainable"] / backbone,
+        "seed": session.settings.seed, "tau": row["tau"],
+        "spec_hash": spec.hash if spec else None,
+        "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
+        "warnings": list(session.task.warnings),
+    }
+
+
+def _check_test(session: Session, test: bool) -> None:
+    """Say so before hours of work when --test cannot be answered."""
+    if (test and (s := session.splits.get("test")) is None) or (test and s and s.labels is None):
+        raise InputError(f"--test needs a labelled test split, but task {session.task.name} has "
+                         "none; drop --test")
+
+
+def evaluate(run: str | Path, *, task: str | None = None, data: str | None = None,
+             split: str = "validation", model: str | None = None, batch_size: int = 128,
+             ) -> dict[str, float]:
+    """Metrics of a trained run on a split of its task, or of another task with the same labels."""
+    _, trained = read_delta(RunFolder(run))
+    before = _settings(run)
+    found = load_task(task or before.get("task") or trained.task,
+                      data=Path(d) if (d := data or before.get("data")) else None)
+    if found.labels != trained.labels:
+        raise InputError(f"evaluate needs a task with the labels that the run learned, "
+                         f"{', '.join(trained.labels) or 'a number'}, but {found.name} has "
+                         f"{', '.join(found.labels) or 'a number'}")
+    part = found.splits.get(split)
+    if part is None or part.labels is None:
+        raise InputError(f"--split must be a labelled split of {found.name}, "
+                         f"{', '.join(n for n, s in found.splits.items() if s.labels is not None)},"
+                         f" but got {split!r}")
+    applied, tokenizer = _with_tokenizer(run, model)
+    encoded = encode(part, tokenizer, trained.max_length)
+    return measure_model(applied, encoded, found.metrics, batch_size)
+
+
+def predict(run: str | Path, file: str | Path, *, model: str | None = None,
+            batch_size: int = 128) -> list[dict[str, Any]]:
+    """Predictions for new texts, one row each: the fields, `prediction`, and class `scores`."""
+    _, trained = read_delta(RunFolder(run))
+    columns = read_texts(Path(file), trained.fields)
+    applied, tokenizer = _with_tokenizer(run, model)
+    encoded = encode(Split(columns, None), tokenizer, trained.max_length)
+    logits = logits_of(applied, encoded, batch_size)
+    rows = []
+    for texts, row in zip(zip(*columns, strict=True), logits, strict=True):
+        named: dict[str, Any] = dict(zip(trained.fields, texts, strict=True))
+        if trained.labels:
+            named["prediction"] = trained.labels[int(row.argmax())]
+            named["logits"] = [round(float(v), 6) for v in row]
+        else:
+            named["prediction"] = round(float(row[0]), 6)
+        rows.append(named)
+    return rows
+
+
+def _with_tokenizer(run: str | Path, model: str | None) -> tuple[Any, Any]:
+    from searchpet.backbone import load_tokenizer
+
+    spec = Spec.load(run)
+    name = model or origin(RunFolder(run)) or spec.backbone.name
+    return restore(run, model), load_tokenizer(name)
+
+
+def _settings(run: str | Path) -> dict[str, Any]:
+    folder = RunFolder(run)
+    return dict(folder.read_json("settings.json")) if folder.has("settings.json") else {}
+
+
+def default_out(settings: Settings, budget: str, strategy: str) -> str:
+    """`runs/<task>-<model>-<budget>-<strategy>-s<seed>`."""
+    parts = (_short(settings.task), _short(settings.model), budget.replace("/", "_"),
+             strategy.replace(":", "_"), f"s{settings.seed}")
+    return "runs/" + "-".join(parts)
+
+
+def _short(name: str) -> str:
+    """The last part of a name or path."""
+    return Path(name.rstrip("/")).name.replace(" ", "_") or "root"

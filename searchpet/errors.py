@@ -1,0 +1,21 @@
+"""The one exception that means: the input is wrong, not the program."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input.  The message is one line: the law, the value, the way out.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+    """The error for a name that is not in a list, with the nearest names."""
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InputError(f"{what} must be one of {', '.join(names)}, but got {name!r}{hint}")

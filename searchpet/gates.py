@@ -1,0 +1,30 @@
+"""Gates: from keep probabilities p (units,) to gate values z (units,).  Pure functions."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def concrete(p: Tensor, temperature: float, generator: torch.Generator, rows: int = 0) -> Tensor:
+    """Binary concrete sample z = sigmoid((logit(u) + logit(p)) / temperature), float32.
+
+    Maddison et al. 2017, arXiv:1611.00712; with temperature 1 this is S3PET's gate.  P(z > 1/2) =
+    p at every temperature.  `rows` > 0 draws one sample per example: (rows, units).
+    """
+    shape = (rows, *p.shape) if rows else p.shape
+    u = torch.rand(shape, generator=generator, dtype=p.dtype).to(p.device)
+    noise = torch.logit(u, eps=1e-9)
+    return torch.sigmoid((noise + torch.logit(p, eps=1e-12)) / temperature).float()
+
+
+def hard(z: Tensor) -> Tensor:
+    """Straight-through: the value of z > 1/2, the gradient of z."""
+    return (z > 0.5).to(z.dtype) + z - z.detach()
+
+
+def entropy(p: Tensor) -> Tensor:
+    """Mean entropy of the gates in bits: 0 decided, 1 undecided."""
+    q = p.detach().double().clamp(1e-12, 1 - 1e-12)
+    bits = -(q * q.log2() + (1 - q) * (1 - q).log2())
+    return bits.mean()

@@ -1,0 +1,306 @@
+"""A grid: methods x tasks x budgets x seeds, trained alike, in a folder that survives kill -9.
+
+A cell is one method on one task at one budget.  In each: a structure per structure seed; one
+training per value of `taus` (first structure, first seed), the best chosen by validation score;
+then the final trainings with that tau, every structure with every seed.  Test data is touched
+after the choice alone.
+
+    results.jsonl  one line per final training       table.md  mean and spread over them
+    sweep.jsonl    one line per training that chose  work/     structures, checkpoints, tensors
+
+The same command continues a grid, and may run several times at once: a process takes the next
+cell that no other one holds, and the system lets go of the cells of a process that died.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from searchpet.apply import apply, read_delta, write_tensors
+from searchpet.budget import Budget
+from searchpet.engine import outcome_row
+from searchpet.errors import InputError
+from searchpet.gridfile import REFERENCES, GridFile, Method, read_grid
+from searchpet.ledger import Ledger, Row, claim
+from searchpet.propose import propose
+from searchpet.run import Listener, RunFolder, silent
+from searchpet.session import Session
+from searchpet.spec import Spec
+
+RESULT_KEY = ("task", "budget", "method", "structure_seed", "seed")
+SWEEP_KEY = (*RESULT_KEY, "tau")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one task at one budget, and the folder for what it leaves behind."""
+
+    task: str
+    budget: str
+    share: float
+    method: Method
+    path: Path
+
+    def key(self, structure: int, seed: int, *tau: float) -> tuple[Any, ...]:
+        return (self.task, self.share, self.method.name, structure, seed, *tau)
+
+    def __str__(self) -> str:
+        budget = "" if self.method.name in REFERENCES else f" {self.budget}"
+        return f"{self.task}{budget} {self.method.name}"
+
+
+@dataclass
+class Bench:
+    """A grid on its way."""
+
+    grid: GridFile
+    folder: Path
+    data: str | None
+    say: Callable[[str], None]
+    listener: Listener
+    began: float = field(default_factory=time.monotonic)
+    before: int = -1  # trainings done when this process began
+
+    def __post_init__(self) -> None:
+        self.results = Ledger(self.folder / "results.jsonl", RESULT_KEY)
+        self.sweeps = Ledger(self.folder / "sweep.jsonl", SWEEP_KEY)
+
+    def cells(self, task: str, session: Callable[[], Session]) -> Iterator[Cell]:
+        """The cells of a task, in the order in which they are worked on."""
+        for method in self.grid.methods:
+            if method.name in REFERENCES:
+                yield self._cell(task, "", REFERENCES[method.name], method)
+        for budget in map(str, self.grid.budgets):
+            share = _share(budget, session)
+            for method in self.grid.methods:
+                if method.name not in REFERENCES:
+                    yield self._cell(task, budget, share, method)
+
+    def _cell(self, task: str, budget: str, share: float, method: Method) -> Cell:
+        parts = (task, budget or "all", method.name)
+        path = self.folder.joinpath("work", *(_file_name(part) for part in parts))
+        return Cell(task, budget, share, method, path)
+
+    def finals(self, cell: Cell) -> list[tuple[int, int]]:
+        """(structure seed, training seed) of every final training of a cell."""
+        count = 1 if cell.method.name in REFERENCES else cell.method.structures
+        return [(s, seed) for s in range(count) for seed in self.grid.seeds]
+
+    def finished(self, cell: Cell) -> bool:
+        done = self.results.rows()
+        return all(cell.key(*final) in done for final in self.finals(cell))
+
+    def progress(self, what: str) -> None:
+        """Print a line with the trainings done and the time left, at the pace so far."""
+        sweeps = len(self.grid.taus) if len(self.grid.taus) > 1 else 0
+        total = sum((1 if m.name in REFERENCES else m.structures * len(self.grid.budgets))
+                    * len(self.grid.seeds)
+                    + sweeps * (1 if m.name in REFERENCES else len(self.grid.budgets))
+                    for m in self.grid.methods) * len(self.grid.tasks)
+        done = len(self.results.rows()) + len(self.sweeps.rows())
+        self.before = done if self.before < 0 else self.before
+        pace = (time.monotonic() - self.began) / max(1, done - self.before)
+        left = f", about {max(0, total - done) * pace / 60:.0f} min left" if (
+            done > self.before) else ""
+        self.say(f"[{done}/{total}{left}] {what}")
+
+
+def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | None = None,
+             say: Callable[[str], None] = print, listener: Listener = silent) -> str:
+    """Run what is left of a grid, write table.md, return the table.
+
+    data: folder of task folders; out: by default the folder of the TOML; say: gets progress
+    lines.  Raises InputError for whatever is wrong with the input.
+    """
+    grid = read_grid(file)
+    bench = Bench(grid, Path(out) if out else Path(file).resolve().parent, data, say, listener)
+    _same_grid(bench)
+    bench.progress("start")
+    for task in grid.tasks:
+        session = functools.cache(
+            functools.partial(Session, grid.settings(task, data), listener))
+        for cell in bench.cells(task, session):
+            if bench.finished(cell):
+                continue
+            with claim(cell.path) as mine:
+                if not mine:
+                    bench.progress(f"{cell}: another process is at it")
+                elif not bench.finished(cell):
+                    _run_cell(bench, cell, session())
+    return write_table(bench.folder)
+
+
+def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
+    """Structures, sweep, final trainings; what is there already is kept."""
+    found: dict[int, tuple[Spec | str, float]] = {}
+    for structure, _ in bench.finals(cell):
+        if structure not in found:
+            found[structure] = _structure(bench, cell, session, structure)
+    tau = _best_tau(bench, cell, session, *found[0])
+    done = bench.results.rows()
+    for structure, seed in bench.finals(cell):
+        if cell.key(structure, seed) not in done:
+            method, seconds = found[structure]
+            row = _final(bench, cell, session, method, (structure, seed), tau)
+            line = _line(cell, session, row, (structure, seed), seconds)
+            bench.results.add(line)
+            bench.progress(f"{cell} structure {structure} seed {seed} tau {tau:g}: "
+                           f"{line['metric']} {line['score']:.4f} on {line['split']}")
+
+
+def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[Spec | str, float]:
+    """The structure of a structure seed, and the seconds that finding it took."""
+    if cell.method.name in REFERENCES:
+        return cell.method.name, 0.0
+    folder = RunFolder(cell.path).sub(f"structure-{seed}")
+    if not folder.has("spec.json"):
+        strategy, space = cell.method.resolved()
+        bench.progress(f"{cell} structure {seed}: search")
+        spec, seconds = propose(session, folder, strategy=strategy, space=space,
+                                budget=cell.budget, given=cell.method.set, seed=seed)
+        folder.write_json("search.json", {"seconds": seconds})
+        spec.save(folder.path / "spec.json")
+    folder.drop("search.checkpoint.safetensors")
+    return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
+
+
+def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
+              seconds: float) -> float:
+    """The tau with the best validation score; the first of equals."""
+    if len(bench.grid.taus) == 1:
+        return bench.grid.taus[0]
+    seed = bench.grid.seeds[0]
+    for tau in bench.grid.taus:
+        if cell.key(0, seed, tau) not in bench.sweeps.rows():
+            row = _train(session, _sweep_folder(cell, tau), method, seed, tau, test=False)
+            line = _line(cell, session, row, (0, seed), seconds)
+            bench.sweeps.add(line)
+            bench.progress(f"{cell} sweep tau {tau:g}: {line['metric']} {line['score']:.4f} on "
+                           "validation")
+    rows = bench.sweeps.rows()
+    return max(bench.grid.taus, key=lambda tau: rows[cell.key(0, seed, tau)]["score"])
+
+
+def _final(bench: Bench, cell: Cell, session: Session, method: Spec | str,
+           seeds: tuple[int, int], tau: float) -> Row:
+    """A final training.  The sweep's own training with the chosen tau is not repeated: its
+    tensors get their test score now, after the choice.
+    """
+    structure, seed = seeds
+    test = _has_test(session)
+    swept = _sweep_folder(cell, tau)
+    if seeds == (0, bench.grid.seeds[0]) and swept.has("training.json"):
+        row = dict(swept.read_json("training.json"))
+        if not test:
+            return row
+        if isinstance(method, Spec) and swept.has("delta.safetensors"):
+            return {**row, "score": _test_score(session, method, swept, seed), "split": "test"}
+    folder = RunFolder(cell.path).sub(f"structure-{structure}-seed-{seed}")
+    row = _train(session, folder, method, seed, tau, test=test)
+    return {**row, "split": "test" if test else "validation"}
+
+
+def _train(session: Session, folder: RunFolder, method: Spec | str, seed: int, tau: float, *,
+           test: bool) -> Row:
+    """One training per folder."""
+    if not folder.has("training.json"):
+        outcome = session.fit(method, folder, seed, tau=tau, test=test)
+        folder.write_json("training.json", outcome_row(outcome))
+    folder.drop("train.checkpoint.safetensors")
+    return dict(folder.read_json("training.json"))
+
+
+def _test_score(session: Session, spec: Spec, folder: RunFolder, seed: int) -> float:
+    """The first metric on test of a training's saved tensors."""
+    with session.fresh(seed) as model:
+        apply(model, spec, head=session.head, seed=seed)
+        write_tensors(model, session.head, read_delta(folder)[0], folder.path)
+        return float(session.evaluate(model, "test")[session.task.metrics[0]])
+
+
+def _line(cell: Cell, session: Session, row: Mapping[str, Any], seeds: tuple[int, int],
+          search_seconds: float) -> Row:
+    """A line of results.jsonl or sweep.jsonl."""
+    return {
+        "task": cell.task, "budget": cell.share, "method": cell.method.name,
+        "structure_seed": seeds[0], "seed": seeds[1], "score": row["score"],
+        "metric": session.task.metrics[0], "split": row.get("split", "validation"),
+        "trainable": row["trainable"], "tau": row["tau"], "search_seconds": search_seconds,
+        "train_seconds": row["train_seconds"],
+    }
+
+
+def _has_test(session: Session) -> bool:
+    test = session.splits.get("test")
+    return test is not None and test.labels is not None
+
+
+def _sweep_folder(cell: Cell, tau: float) -> RunFolder:
+    return RunFolder(cell.path).sub(f"sweep-{tau:g}")
+
+
+def _share(budget: str, session: Callable[[], Session]) -> float:
+    """A budget as a fraction of the backbone's parameters."""
+    if budget.endswith("%"):
+        return float(Fraction(budget[:-1].strip()) / 100)
+    parameters = session().identity.parameters
+    return Budget.parse(budget, parameters).limit / parameters
+
+
+def _file_name(text: str) -> str:
+    """A name of a task, budget or method as a folder's name."""
+    return text.replace("%", "pc").replace("/", "--").replace(":", "-").replace(" ", "_")
+
+
+def _same_grid(bench: Bench) -> None:
+    """Refuse to mix trainings of two grids; what may grow are the lists.
+
+    Raises InputError naming what changed since the folder's first run.
+    """
+    folder = RunFolder(bench.folder).sub("work")
+    now = bench.grid.model_dump(mode="json", exclude={"tasks", "budgets", "methods", "seeds"})
+    now["first seed"] = bench.grid.seeds[0]
+    now |= {f"method {m.name}": [*m.resolved(), m.set] for m in bench.grid.methods}
+    before = folder.read_json("grid.json") if folder.has("grid.json") else {}
+    for key in sorted(before.keys() & now.keys()):
+        if before[key] != now[key]:
+            raise InputError(f"a grid must keep its settings while it grows, but {key} was "
+                             f"{before[key]!r} in {bench.folder} and is {now[key]!r} now; take "
+                             "another --out, or move the old results away")
+    folder.write_json("grid.json", {**before, **now})
+
+
+def write_table(folder: str | Path) -> str:
+    """table.md from results.jsonl: mean and sample standard deviation over final trainings."""
+    ledger = Ledger(Path(folder) / "results.jsonl", RESULT_KEY)
+    groups: dict[tuple[str, float, str], list[Row]] = {}
+    for row in ledger.rows().values():
+        groups.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+    if not groups:
+        raise InputError(f"a table needs finished trainings, but {ledger.path} has none; run the "
+                         "grid first")
+    lines = ["| task | budget | method | score | spread | n | trainable | tau | search s |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for (task, budget, method), rows in sorted(
+            groups.items(), key=lambda g: (g[0][0], -g[0][1], -_mean(g[1], "score"))):
+        scores = [row["score"] for row in rows]
+        spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-"
+        lines.append(
+            f"| {task} ({rows[0]['metric']}, {rows[0]['split']}) | {budget:.6g} | {method} | "
+            f"{_mean(rows, 'score'):.4f} | {spread} | {len(rows)} | "
+            f"{round(_mean(rows, 'trainable')):,} | {rows[0]['tau']:g} | "
+            f"{_mean(rows, 'search_seconds'):.0f} |")
+    text = "\n".join(lines) + "\n"
+    (Path(folder) / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)

@@ -1,0 +1,114 @@
+"""The file that describes a grid: TOML, checked whole before the first training.
+
+    tasks = ["trec6", "cola"]
+    budgets = ["0.01%"]
+    seeds = [0, 1, 2]
+    taus = [0.03, 0.1, 0.3]
+    steps = 300
+    methods = ["full", "uniform:bias", "default", { name = "random", structures = 3 }]
+
+A method is a name or a table with `name`, `strategy`, `space`, `set` and `structures`.  Names
+that mean something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on
+the space `s3pet_mix`), and `default`: what the command line does with no choice made.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from searchpet.budget import Budget
+from searchpet.errors import InputError
+from searchpet.propose import STRATEGY, hyperparameters, space_of
+from searchpet.session import Settings
+from searchpet.space import read_space
+from searchpet.spec import first_problem
+
+REFERENCES = {"full": 1.0, "head": 0.0}  # trained without a budget -> the budget in their lines
+NAMED = {"default": (STRATEGY, None), "s3pet": ("s3pet", "s3pet_mix")}  # strategy, space
+
+
+class Method(BaseModel):
+    """How structures are found: `full`, `head`, or a strategy on a space."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str = Field(min_length=1)
+    strategy: str = ""
+    space: str | None = None
+    set: dict[str, bool | int | float | str] = {}
+    structures: int = Field(default=1, ge=1)  # structure seeds 0, 1, ...
+
+    def resolved(self) -> tuple[str, str | None]:
+        """Strategy and space; what is not given follows from the name."""
+        strategy, space = NAMED.get(self.name, (self.name, None))
+        return self.strategy or strategy, self.space or (None if self.strategy else space)
+
+
+class GridFile(BaseModel):
+    """The content of a grid's TOML.  A method is a name or a table."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    tasks: tuple[str, ...] = Field(min_length=1)
+    methods: tuple[Method, ...] = Field(min_length=1)
+    budgets: tuple[str | int, ...] = Field(default=("0.01%",), min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
+    taus: tuple[float, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    model: str = Settings.model
+    steps: int = Settings.steps
+    batch_size: int = Settings.batch_size
+    accumulate: int = Settings.accumulate
+    max_length: int = Settings.max_length
+    precision: str = Settings.precision
+    device: str = Settings.device
+
+    @field_validator("methods", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        listed = value if isinstance(value, list | tuple) else [value]
+        return [{"name": one} if isinstance(one, str) else one for one in listed]
+
+    @field_validator("methods", "tasks", "budgets", "seeds", "taus")
+    @classmethod
+    def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
+        names = [getattr(one, "name", one) for one in value]
+        if len(set(names)) < len(names):
+            raise ValueError("values must be distinct")
+        return value
+
+    def settings(self, task: str, data: str | None) -> Settings:
+        """What a session on `task` needs.  Raises InputError for a value out of range."""
+        return Settings(model=self.model, task=task, data=data, seed=self.seeds[0],
+                        steps=self.steps, batch_size=self.batch_size,
+                        accumulate=self.accumulate, max_length=self.max_length,
+                        precision=self.precision, device=self.device)
+
+
+def read_grid(path: str | Path) -> GridFile:
+    """Read and check a grid's TOML, its methods and spaces included.
+
+    Raises InputError naming the file, the key, the value and what is allowed.
+    """
+    try:
+        content = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        grid = GridFile.model_validate(content)
+    except OSError as error:
+        raise InputError(f"a grid must be a readable TOML file, but {path}: "
+                         f"{error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"grid {path} must be TOML, but it is not: {error}") from error
+    except ValidationError as error:
+        raise InputError(f"grid {path}: {first_problem(error)}") from error
+    for method in grid.methods:
+        if method.name not in REFERENCES:
+            strategy, space = method.resolved()
+            hyperparameters(strategy, method.set)
+            read_space(space_of(strategy, space))
+    for budget in grid.budgets:
+        Budget.parse(budget, 1)
+    for tau in grid.taus:
+        Settings(tau=tau, steps=grid.steps, batch_size=grid.batch_size,
+                 accumulate=grid.accumulate, precision=grid.precision)
+    return grid

@@ -1,0 +1,177 @@
+"""From a strategy's name to a spec: the wiring between a session, a space and a strategy."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from searchpet import catalog
+from searchpet.batch import halve
+from searchpet.budget import Budget
+from searchpet.discover import discover
+from searchpet.errors import InputError, unknown
+from searchpet.run import RunFolder
+from searchpet.session import Session
+from searchpet.space import Space, build_space, space_names
+from searchpet.spec import BackboneId, BudgetUse, Spec
+from searchpet.strategies import Problem, Ranking
+from searchpet.supernet import Supernet
+from searchpet.train import loss_of
+
+STRATEGY = "bilevel"
+SPACE = "nano"
+
+
+def space_of(strategy: str, space: str | None) -> str:
+    """The space to search: the one asked for, else the strategy's own, else the default.
+
+    A strategy `NAME:VARIANT` owns the space file `NAME/VARIANT` if there is one.
+    """
+    own = strategy.replace(":", "/")
+    return space or (own if own in space_names() else SPACE)
+
+
+def hyperparameters(strategy: str, given: Mapping[str, str | float | int | bool],
+                    ) -> tuple[Callable[..., Ranking], dict[str, Any]]:
+    """The strategy and all its keyword arguments, `given` ones over the defaults.
+
+    strategy: `NAME` or `NAME:VARIANT`.  Raises InputError for an unknown name or a value that is
+    not of the default's type.
+    """
+    name, _, variant = strategy.partition(":")
+    search: Callable[..., Ranking] = catalog.get("strategies", name)
+    defaults = {key: p.default for key, p in inspect.signature(search).parameters.items()
+                if p.kind is p.KEYWORD_ONLY}
+    values = {key: _typed(f"{name}.{key}", value, defaults[key])
+              for key, value in given.items() if key in defaults}
+    for key in given:
+        if key not in defaults:
+            raise unknown(f"hyperparameter of {name}", key, defaults)
+    if variant:
+        if "variant" not in defaults:
+            raise InputError(f"strategy must be {name}, which has no variants, but got {strategy}")
+        values["variant"] = variant
+    return search, {**defaults, **values}
+
+
+def _typed(name: str, value: Any, default: Any) -> Any:
+    """`value` (text from the command line, or a Python value) as the type of `default`."""
+    kind = type(default)
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[str(value).lower()]
+        return kind(value)
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{name} must be a {kind.__name__} such as {default}, but got "
+                         f"{value!r}") from error
+
+
+def budget_of(session: Session, text: str, count_head: bool) -> tuple[Budget, int]:
+    """The budget and the parameters that it leaves for deltas."""
+    budget = Budget.parse(text, session.identity.parameters)
+    head = session.head_size if count_head else 0
+    if budget.limit <= head:
+        raise InputError(f"a budget that counts the head must exceed its {head:,} parameters, but "
+                         f"{text} is {budget.limit:,}; drop --count-head or raise the budget")
+    return budget, budget.limit - head
+
+
+def propose(session: Session, folder: RunFolder | None, *, strategy: str, space: str | None,
+            budget: str, given: Mapping[str, Any], seed: int, count_head: bool = False,
+            ) -> tuple[Spec, float]:
+    """Run a strategy; the found spec and the seconds it took.
+
+    Raises InputError for a budget below the cheapest unit and for an unknown name.
+    """
+    began = time.monotonic()
+    search, keywords = hyperparameters(strategy, given)
+    with session.fresh(seed) as model:
+        sites = build_space(space_of(strategy, space), discover(model))
+        limits, limit = budget_of(session, budget, count_head)
+        limits.afford(int(sites.cost.min()) + limits.limit - limit)
+        net = Supernet(model, sites, session.head, seed)
+        try:
+            problem = _problem(session, folder, net, sites, limit, seed)
+            ranking = search(problem, **keywords)
+        finally:
+            net.remove()
+    used = sites.parameters(ranking.keep)
+    if used > limit:
+        raise RuntimeError(f"strategy {strategy} kept {used} parameters, above {limit}")
+    if not used:
+        raise InputError(f"a budget of {limit:,} parameters buys nothing that {strategy} may take "
+                         f"in space {sites.name}; its cheapest choice costs more, raise the budget")
+    spec = Spec(
+        backbone=BackboneId(**asdict(session.identity)), entries=sites.entries(ranking.keep),
+        budget=BudgetUse(
+            text=limits.text, limit=limits.limit, used=used + limits.limit - limit,
+            slack=limit - used, denominator=limits.denominator,
+            counts="deltas and head" if count_head else "deltas"),
+        provenance=_provenance(session, strategy, sites, keywords, seed))
+    return spec, round(time.monotonic() - began, 3)
+
+
+def _problem(session: Session, folder: RunFolder | None, net: Supernet, space: Space, limit: int,
+             seed: int) -> Problem:
+    """What the strategy may see: the training split, in two halves."""
+    first, second = halve(session.splits["train"], seed)
+    model, precision = net.model, session.settings.precision
+    probes = session.probe(model, net.grafts, first, seed)
+    loops: list[Any] = []
+
+    def loop(steps: int, **state: Any) -> Any:
+        loops.append(session.loop(folder, "search", steps, seed, **state))
+        loops[-1].generator = generator
+        model.train()
+        return loops[-1]
+
+    generator = torch.Generator().manual_seed(seed)
+    return Problem(
+        net=net, space=space, limit=limit, train=session.batches(first, seed),
+        valid=session.batches(second, seed + 1), loss=loss_of(model, precision),
+        rates=session.rates(probes, session.settings.tau), steps=session.settings.steps,
+        loop=loop, generator=generator)
+
+
+def _provenance(session: Session, strategy: str, space: Space, keywords: Mapping[str, Any],
+                seed: int) -> dict[str, Any]:
+    """How a spec came about; no times, so that the same search gives the same file."""
+    settings = {k: v for k, v in asdict(session.settings).items()
+                if k not in ("data", "device", "seed", "task", "model")}
+    return {
+        "strategy": strategy, "hyperparameters": dict(keywords), "space": space.name,
+        "units": len(space), "seed": seed, "task": session.task.name,
+        "data": session.task.fingerprint, "settings": settings,
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers")}
+        | {"searchpet": version()},
+        "command": command(sys.argv),
+    }
+
+
+def version() -> str:
+    """This package's version."""
+    from searchpet import __version__
+
+    return __version__
+
+
+def command(argv: list[str]) -> str:
+    """The command line without what does not change the result: --resume and --out."""
+    import shlex
+
+    words, skip = ["searchpet"], False
+    for word in argv[1:]:
+        if skip:
+            skip = False
+        elif word in ("--out", "-o"):
+            skip = True
+        elif word != "--resume" and not word.startswith("--out="):
+            words.append(word)
+    return shlex.join(words) if argv and "searchpet" in argv[0] else "python"

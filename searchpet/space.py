@@ -1,0 +1,255 @@
+"""Space: which kinds may sit on which sites, and which of their coordinates are one unit.
+
+A space file is TOML: a description and a list of rules.
+
+    description = "..."
+    [[rule]]
+    kind = "lora"
+    grain = "atom"
+    options = { rank = 4 }
+    select = { role = ["attention.query", "attention.value"], layers = "last 4" }
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from torch import Tensor
+
+from searchpet import catalog
+from searchpet.deltas import Delta
+from searchpet.errors import InputError, unknown
+from searchpet.site import Form, Site
+from searchpet.spec import Entry, first_problem
+
+_LAYERS = re.compile(r"^(?:(first|last) (\d+)|(\d+)(?:-(\d+))?)$")
+
+
+class Select(BaseModel):
+    """Which sites a rule applies to; all conditions must hold, globs are allowed in role, path."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    role: tuple[str, ...] = ("*",)
+    form: tuple[Form, ...] = ("linear", "norm", "block")
+    part: tuple[str, ...] = ("*",)
+    path: tuple[str, ...] = ("*",)
+    layers: str = ""
+
+    @field_validator("role", "form", "part", "path", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("layers")
+    @classmethod
+    def _readable(cls, value: str) -> str:
+        if value and not _LAYERS.match(value):
+            raise ValueError('layers must read "3", "0-5", "first 2" or "last 2"')
+        return value
+
+    def matches(self, site: Site, depth: int) -> bool:
+        """Whether the site is selected; `depth` is the number of blocks of its stack."""
+        return (
+            site.form in self.form
+            and any(fnmatch.fnmatchcase(site.role, glob) for glob in self.role)
+            and any(fnmatch.fnmatchcase(site.part, glob) for glob in self.part)
+            and any(fnmatch.fnmatchcase(site.path, glob) for glob in self.path)
+            and self._in_layers(site.layer, depth)
+        )
+
+    def _in_layers(self, layer: int, depth: int) -> bool:
+        match = _LAYERS.match(self.layers)
+        if not match:
+            return True
+        end, count, low, high = match.groups()
+        if end == "first":
+            return 0 <= layer < int(count)
+        if end == "last":
+            return layer >= depth - int(count)
+        return int(low) <= layer <= int(high or low)
+
+
+class Rule(BaseModel):
+    """A kind, its options, the grain of its coordinates, and where it may sit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: str
+    grain: str
+    options: dict[str, bool | int | float | str] = {}
+    select: Select = Select()
+
+    @field_validator("kind")
+    @classmethod
+    def _kind_exists(cls, value: str) -> str:
+        catalog.get("deltas", value)
+        return value
+
+    @field_validator("grain")
+    @classmethod
+    def _grain_exists(cls, value: str) -> str:
+        catalog.get("grains", value)
+        return value
+
+
+class SpaceFile(BaseModel):
+    """The content of a space file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    description: str
+    rule: tuple[Rule, ...] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A kind on a site: `width` coordinates, the first of them number `start` of the space."""
+
+    site: Site
+    kind: str
+    options: dict[str, Any]
+    grain: str
+    width: int
+    start: int
+    atoms: bool
+
+
+class Space:
+    """Sites x kinds x grain -> units and their prices.
+
+    placements: in the order of sites, then rules.
+    unit:  int64 (coordinates,), the unit of each coordinate.
+    cost:  int64 (units,), parameters of each unit.
+    owner: int64 (units,), the placement of each unit's first coordinate.
+    first: int64 (units,), that coordinate's number inside its placement.
+    """
+
+    def __init__(self, name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> None:
+        self.name = name
+        placements: list[Placement] = []
+        costs: list[Tensor] = []
+        labels: list[Any] = []
+        for site, rule in _pairs(name, sites, rules):
+            with torch.device("meta"):  # shapes only
+                delta = make(rule.kind, site, rule.options)
+            placements.append(Placement(site, rule.kind, rule.options, rule.grain, delta.width,
+                                        len(labels), delta.atoms))
+            costs.append(delta.cost())
+            labels.extend(catalog.get("grains", rule.grain)(site, rule.kind, delta.width))
+        self.placements = tuple(placements)
+        numbers: dict[Any, int] = {}
+        self.unit = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
+        coordinate_cost = torch.cat(costs)
+        self.cost = torch.zeros(len(numbers), dtype=torch.int64).index_add_(
+            0, self.unit, coordinate_cost)
+        place = torch.repeat_interleave(torch.tensor([p.width for p in placements]))
+        inside = torch.arange(len(labels)) - torch.tensor([p.start for p in placements])[place]
+        # the first coordinate of each unit: write in reverse, the first one wins
+        self.owner = torch.empty(len(numbers), dtype=torch.int64)
+        self.first = torch.empty(len(numbers), dtype=torch.int64)
+        self.owner[self.unit.flip(0)] = place.flip(0)
+        self.first[self.unit.flip(0)] = inside.flip(0)
+
+    def __len__(self) -> int:
+        return len(self.cost)
+
+    @cached_property
+    def total(self) -> int:
+        """Parameters of all units together."""
+        return int(self.cost.sum())
+
+    def parameters(self, keep: Tensor) -> int:
+        """Exact parameters of the kept units; keep (units,) bool."""
+        return int(self.cost[keep.cpu()].sum())
+
+    def entries(self, keep: Tensor) -> tuple[Entry, ...]:
+        """The spec's entries for the kept units; keep (units,) bool."""
+        chosen = keep.cpu()[self.unit]
+        entries = []
+        for p in self.placements:
+            kept = chosen[p.start : p.start + p.width].nonzero().squeeze(-1).tolist()
+            if kept:
+                entries.append(Entry(path=p.site.path, role=p.site.role, layer=p.site.layer,
+                                     kind=p.kind, options=dict(p.options), kept=kept))
+        return tuple(entries)
+
+
+def make(kind: str, site: Site, options: dict[str, Any]) -> Delta:
+    """Build a delta.  Raises InputError for an option that the kind does not have."""
+    build = catalog.get("deltas", kind)
+    allowed = [name for name, p in inspect.signature(build.__init__).parameters.items()
+               if p.kind is p.KEYWORD_ONLY and name != "channels"]
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of kind {kind}", option, allowed)
+    delta: Delta = build(site, **options)
+    return delta
+
+
+def _pairs(name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule]]:
+    """Every (site, rule) that applies, in the order of sites.  No kind twice at a site."""
+    depth: dict[str, int] = {}
+    for site in sites:
+        if site.form != "norm":
+            depth[site.part] = max(depth.get(site.part, 0), site.layer + 1)
+    pairs = [
+        (site, rule) for site in sites for rule in rules
+        if catalog.get("deltas", rule.kind).fits(site)
+        and rule.select.matches(site, depth.get(site.part, 0))
+    ]
+    seen = set()
+    for site, rule in pairs:
+        if (site, rule.kind) in seen:
+            raise InputError(f"space {name}: a kind may sit once at a site, but two rules put "
+                             f"{rule.kind} on {site.path}; narrow a `select`")
+        seen.add((site, rule.kind))
+    for number, rule in enumerate(rules):
+        if not any(used is rule for _, used in pairs):
+            raise InputError(f"space {name}: every rule must match a site of this model, but rule "
+                             f"{number} ({rule.kind}) matches none; see `searchpet sites`")
+    return pairs
+
+
+def folder() -> Path:
+    """Where the space files are: beside the package in a checkout, inside it when installed."""
+    inside = Path(__file__).parent / "spaces"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "spaces"
+
+
+def space_names() -> list[str]:
+    """Names of the space files that come with the package, such as `nano`, `uniform/bias`."""
+    root = folder()
+    return sorted(f.relative_to(root).with_suffix("").as_posix() for f in root.rglob("*.toml"))
+
+
+def read_space(name: str) -> SpaceFile:
+    """The space of that name, or of that TOML file.
+
+    Raises InputError that names the file, the key, the value and what is allowed.
+    """
+    path = Path(name)
+    if path.suffix != ".toml":
+        if name not in space_names():
+            raise unknown("space", name, space_names())
+        path = folder() / f"{name}.toml"
+    if not path.is_file():
+        raise InputError(f"a space file must exist, but {path} does not")
+    try:
+        return SpaceFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"space {name} must be TOML, but it is not: {error}") from error
+    except ValidationError as error:
+        raise InputError(f"space {name}: {first_problem(error)}") from error
+
+
+def build_space(name: str, sites: Sequence[Site]) -> Space:
+    """The named space on a model's sites."""
+    return Space(name, sites, read_space(name).rule)

@@ -1,0 +1,172 @@
+"""Spec: what was found.  A small validated JSON file that says which coordinates of which kinds
+sit where on which backbone, under which budget, and how it came about.  No tensors, no code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from searchpet.errors import InputError
+
+VERSION = 1
+_MAX_BYTES = 256 * 1000**2  # a spec is small; anything larger is not a spec
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=500)]
+Count = Annotated[int, Field(ge=0, le=10**15, strict=True)]
+Option = bool | int | float | str
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class BackboneId(_Frozen):
+    """Which frozen model: hub name, revision, hash of the architecture, parameters."""
+
+    name: Annotated[str, Field(min_length=1, max_length=500)]
+    revision: str | None
+    config_hash: str
+    parameters: Count
+
+
+class Entry(_Frozen):
+    """One delta: where, which kind with which options, and which of its coordinates are kept."""
+
+    path: Name
+    role: Name
+    layer: Annotated[int, Field(ge=-1, le=100_000, strict=True)]
+    kind: Name
+    options: dict[str, Option]
+    kept: Annotated[list[Count], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _ascending(self) -> Entry:
+        if any(a >= b for a, b in zip(self.kept, self.kept[1:], strict=False)):
+            raise ValueError("kept coordinates must be ascending and distinct")
+        return self
+
+    @property
+    def key(self) -> str:
+        """Unique in a spec: path, role and kind."""
+        return f"{self.path}:{self.role}:{self.kind}"
+
+
+class BudgetUse(_Frozen):
+    """limit = used + slack, in parameters; what the denominator counted."""
+
+    text: str
+    limit: Count
+    used: Count
+    slack: Count
+    denominator: Count
+    counts: Literal["deltas", "deltas and head"] = "deltas"
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> BudgetUse:
+        if self.used + self.slack != self.limit:
+            raise ValueError(
+                f"used + slack must equal limit, but got {self.used} + {self.slack} != {self.limit}"
+            )
+        return self
+
+
+class Spec(_Frozen):
+    """A found structure.  `Spec.load(path)`, `spec.save(path)`, `spec.hash`."""
+
+    searchpet_spec: Literal[1] = 1
+    backbone: BackboneId
+    entries: tuple[Entry, ...]
+    budget: BudgetUse
+    provenance: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Spec:
+        keys = [entry.key for entry in self.entries]
+        twice = sorted({key for key in keys if keys.count(key) > 1}) if len(
+            set(keys)) < len(keys) else []
+        if twice:
+            raise ValueError(f"entries must be distinct, but {twice[0]} stands twice")
+        return self
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the canonical JSON of `backbone` and `entries`."""
+        content = self.model_dump(mode="json", include={"backbone", "entries"})
+        return hashlib.sha256(canonical(content).encode()).hexdigest()
+
+    def text(self) -> str:
+        """The file's content: canonical JSON, one line."""
+        return canonical({**self.model_dump(mode="json"), "hash": self.hash}) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the spec.  Overwrites a file, never half of it."""
+        target = Path(path)
+        partial = target.with_name(target.name + ".partial")
+        partial.write_text(self.text(), encoding="utf-8")
+        partial.replace(target)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Spec:
+        """Read and validate a spec file, or the `spec.json` of a run folder.
+
+        Raises InputError when the file is absent, is not a spec, is of another version, or its
+        hash does not match its content.
+        """
+        source = Path(path)
+        source = source / "spec.json" if source.is_dir() else source
+        if not source.is_file():
+            raise InputError(f"a spec must be a file or a run folder with spec.json, but {path} "
+                             "is neither")
+        if source.stat().st_size > _MAX_BYTES:
+            raise InputError(f"a spec must be at most {_MAX_BYTES:,} bytes, but {path} has "
+                             f"{source.stat().st_size:,}")
+        try:
+            raw = json.loads(source.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"a spec must be JSON, but {path} is not: {error}") from error
+        return cls.parse(raw, str(path))
+
+    @classmethod
+    def parse(cls, raw: Any, origin: str = "spec") -> Spec:
+        """Validate decoded JSON.  Raises InputError naming the key, the value and the law."""
+        if not isinstance(raw, Mapping) or "searchpet_spec" not in raw:
+            raise InputError(f"{origin} must be a searchpet spec (an object with the key "
+                             "searchpet_spec), but it is something else")
+        if raw["searchpet_spec"] != VERSION:
+            raise InputError(f"{origin} must be of version {VERSION}, but says "
+                             f"{raw['searchpet_spec']!r}; use a searchpet that writes that version")
+        content = {key: value for key, value in raw.items() if key != "hash"}
+        try:
+            spec = cls.model_validate(content)
+        except ValidationError as error:
+            raise InputError(f"{origin}: {first_problem(error)}") from error
+        if raw.get("hash") != spec.hash:
+            raise InputError(f"{origin} must have the hash of its content, {spec.hash[:12]}…, but "
+                             f"says {str(raw.get('hash'))[:12]}; it was edited or damaged, search "
+                             "again or restore it")
+        return spec
+
+
+def canonical(content: Any) -> str:
+    """JSON with sorted keys and no spaces: equal content, equal text."""
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def first_problem(error: ValidationError) -> str:
+    """One line of a pydantic error: the key's path, the law, the value, how many more."""
+    problems = error.errors()
+    where = ".".join(str(part) for part in problems[0]["loc"]) or "the whole"
+    value = repr(problems[0]["input"])
+    value = value if len(value) <= 80 else value[:77] + "..."
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{where}: {problems[0]['msg']}, but got {value}{more}"
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not allowed")

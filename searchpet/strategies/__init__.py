@@ -1,0 +1,65 @@
+"""Strategies: ways to rank a space's units within a budget.  One `search` per file.
+
+A strategy is `search(problem, **hyperparameters) -> Ranking`.  It sees the supernet's loss, the
+units with their costs, and the limit; it writes gates and steps parameter groups, nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from searchpet.space import Space
+from searchpet.supernet import Supernet
+
+Batch = dict[str, Tensor]
+
+
+class Loop(Protocol):
+    """Steps that survive a crash: `for step in loop: ...; loop.report(...)`.
+
+    Iterating restores the state objects from a checkpoint, seeds all randomness from (seed,
+    step), and saves now and then; so an interrupted search goes on where it stopped.
+    """
+
+    def __iter__(self) -> Iterator[int]: ...
+    def report(self, **figures: float | Tensor) -> None: ...
+
+
+@dataclass
+class Problem:
+    """All that a strategy may see.
+
+    limit:     parameters that the kept units may cost together.
+    train:     train[step] is a batch of the half that the deltas learn from.
+    valid:     valid[step] is a batch of the half that the structure is judged by.
+    loss:      loss(batch) runs the backbone with the supernet's current gates.
+    rates:     learning rate of each kind, and of `head`.
+    steps:     how many steps a learning strategy should take.
+    loop:      loop(steps, **state) -> Loop; state are tensors, modules and optimizers.
+    generator: the only source of random numbers.
+    """
+
+    net: Supernet
+    space: Space
+    limit: int
+    train: Any
+    valid: Any
+    loss: Callable[[Batch], Tensor]
+    rates: dict[str, float]
+    steps: int
+    loop: Callable[..., Loop]
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """score (units,) float, higher is better; keep (units,) bool, within the limit."""
+
+    score: Tensor
+    keep: Tensor
+    notes: dict[str, Any] = field(default_factory=dict)

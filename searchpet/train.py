@@ -1,0 +1,153 @@
+"""The only training loop: AdamW, linear warm-up and decay, best checkpoint by validation."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from searchpet.batch import Batches, Encoded, passes
+from searchpet.metrics import measure
+from searchpet.run import StageLoop
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train; the same for every method that is compared."""
+
+    steps: int = 300
+    batch_size: int = 32
+    accumulate: int = 1
+    warmup: float = 0.06  # of the steps; AdamW's second moment is unreliable before
+    weight_decay: float = 0.0  # deltas are few and start at zero: nothing to shrink
+    evaluations: int = 6  # validation passes, evenly spread, the last one at the end
+    patience: int = 4  # evaluations without a better score before training stops
+    precision: str = "fp32"
+
+
+@dataclass(frozen=True)
+class Fit:
+    """metrics: at the best validation score; step: when; history: (step, score) of each
+    evaluation.
+    """
+
+    metrics: dict[str, float]
+    step: int
+    history: list[tuple[int, float]]
+
+
+def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
+    """bf16 matrix products with fp32 parameters, or nothing."""
+    device = next(model.parameters()).device.type
+    if precision == "bf16":
+        return torch.autocast(device, torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def to(batch: Batch, model: nn.Module) -> Batch:
+    """The batch on the model's device."""
+    device = next(model.parameters()).device
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def loss_of(model: nn.Module, precision: str = "fp32") -> Callable[[Batch], Tensor]:
+    """batch -> mean loss, by the model's own loss function."""
+
+    def loss(batch: Batch) -> Tensor:
+        with autocast(model, precision):
+            value: Tensor = model(**to(batch, model)).loss
+        return value
+
+    return loss
+
+
+@torch.no_grad()
+def predict(model: nn.Module, encoded: Encoded, batch_size: int, precision: str = "fp32",
+            ) -> np.ndarray[Any, Any]:
+    """Logits of every row, (n, outputs) float32, in the order of the rows."""
+    was_training = model.training
+    model.eval()
+    out: np.ndarray[Any, Any] | None = None
+    for rows, batch in passes(encoded, batch_size):
+        batch.pop("labels", None)
+        with autocast(model, precision):
+            logits = model(**to(batch, model)).logits
+        values = logits.float().cpu().numpy()
+        out = np.zeros((len(encoded), values.shape[1]), np.float32) if out is None else out
+        out[rows.numpy()] = values
+    model.train(was_training)
+    assert out is not None  # passes refuses an empty split
+    return out
+
+
+def evaluate(model: nn.Module, encoded: Encoded, metrics: Sequence[str], batch_size: int,
+             precision: str = "fp32") -> dict[str, float]:
+    """Metrics of a labelled split."""
+    logits = predict(model, encoded, batch_size, precision)
+    assert encoded.labels is not None  # callers choose a labelled split
+    return measure(metrics, logits, encoded.labels.numpy())
+
+
+def schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor on the learning rate: linear up over `warmup`, then linear down to 0."""
+    rise = max(1, round(warmup * steps))
+    if step < rise:
+        return (step + 1) / rise
+    return (steps - step) / max(1, steps - rise)
+
+
+def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Batches, valid: Encoded,
+        metrics: Sequence[str], recipe: Recipe,
+        loop: Callable[..., StageLoop]) -> Fit:
+    """Train the parameters of `groups`; leave the best checkpoint by validation in them.
+
+    groups: `{params, kind, lr}`; loop(stage state...) -> StageLoop.  Raises InputError when the
+    loss stops being finite.
+    """
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
+    base = [group["lr"] for group in optimizer.param_groups]
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    best = [p.detach().clone() for p in trained]
+    record: dict[str, Any] = {"history": [], "step": 0, "metrics": None}
+    loss_at = loss_of(model, recipe.precision)
+    steps_between = max(1, recipe.steps // recipe.evaluations)
+    stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record)
+    for step in stage:
+        model.train()
+        for group, lr in zip(optimizer.param_groups, base, strict=True):
+            group["lr"] = lr * schedule(step, recipe.steps, recipe.warmup)
+        optimizer.zero_grad()
+        total = torch.zeros(())
+        for part in range(recipe.accumulate):
+            loss = loss_at(batches[step * recipe.accumulate + part]) / recipe.accumulate
+            loss.backward()
+            total = total + loss.detach().cpu()
+        optimizer.step()
+        last = step + 1 == recipe.steps
+        if last or (step + 1) % steps_between == 0:
+            found = evaluate(model, valid, metrics, 4 * recipe.batch_size, recipe.precision)
+            if _note(record, step + 1, found, metrics[0]):
+                torch._foreach_copy_(best, [p.detach() for p in trained])
+            if step + 1 - record["step"] >= recipe.patience * steps_between:
+                stage.stop()
+        score = {"score": record["metrics"][metrics[0]]} if record["metrics"] else {}
+        stage.report(loss=total, **score)
+    with torch.no_grad():
+        torch._foreach_copy_(trained, best)
+    return Fit(record["metrics"], record["step"], [tuple(pair) for pair in record["history"]])
+
+
+def _note(record: dict[str, Any], step: int, found: dict[str, float], first: str) -> bool:
+    """Append an evaluation; whether it is the best so far by the metric `first`."""
+    record["history"].append([step, found[first]])
+    if record["metrics"] is None or found[first] > record["metrics"][first]:
+        record.update(metrics=found, step=step)
+        return True
+    return False
