@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,7 +18,11 @@ from torch import Tensor
 from searchpet.errors import InputError
 
 _BYTES = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
-_FORM = re.compile(r"^(\d+(?:\.\d+)?(?:e[+-]?\d+)?)\s*(%|B|KB|MB|GB)?$", re.IGNORECASE)
+MANY = 40_000  # units from which single precision and a subsample pay
+# the digits are bounded: nobody means more, and exact arithmetic on 1e999999999 takes for ever
+_FORM = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?(?:e[+-]?[0-9]{1,2})?)\s*(%|B|KB|MB|GB)?",
+                   re.IGNORECASE)
+_LARGEST = 10**15  # parameters; more than any model has, and what a spec may say
 _FORMS = "a share in (0%, 100%] such as 0.01%, a count such as 2271, or bytes such as 9KB"
 
 
@@ -38,23 +43,24 @@ class Budget:
         (0, 100 %].
         """
         raw = str(text).strip()
-        match = _FORM.match(raw)
+        match = _FORM.fullmatch(raw)
         if not match:
-            raise InputError(f"budget must be {_FORMS}, but got {raw!r}")
+            raise InputError(f"budget must be {_FORMS}, but got {raw[:40]!r}")
         number, unit = match[1], (match[2] or "").upper()
-        value = _exact(number)
-        if unit == "%":
-            if not 0 < value <= 100:
-                raise InputError(f"budget must be a share in (0%, 100%], but got {raw!r}")
-            return Budget(math.floor(value * parameters / 100), raw, parameters)
-        if unit:
-            return Budget(math.floor(value * _BYTES[unit] / element_size), raw, parameters)
-        if value != math.floor(value):
+        value = Fraction(number)  # 0.07 % of a count must not lose one to binary rounding
+        if unit == "%" and not 0 < value <= 100:
+            raise InputError(f"budget must be a share in (0%, 100%], but got {raw!r}")
+        if not unit and value.denominator != 1:
             raise InputError(
                 f"budget without a unit must be a whole count, but got {raw!r}; "
                 f"write {raw}% for a share"
             )
-        return Budget(int(value), raw, parameters)
+        sizes = {"%": Fraction(parameters, 100), "": Fraction(1)}
+        sizes |= {name: Fraction(count, element_size) for name, count in _BYTES.items()}
+        limit = math.floor(value * sizes[unit])
+        if limit > _LARGEST:
+            raise InputError(f"budget must be at most {_LARGEST:,} parameters, but {raw} is more")
+        return Budget(limit, raw, parameters)
 
     def afford(self, cheapest: int, what: str = "unit") -> None:
         """Raise InputError when not even the cheapest unit can be bought."""
@@ -66,64 +72,79 @@ class Budget:
             )
 
 
-def _exact(number: str) -> Any:
-    """The decimal as a fraction: 0.07 % of a count must not lose one to binary rounding."""
-    from fractions import Fraction
-
-    return Fraction(number)
-
-
 def threshold(alpha: Tensor, price: Tensor, limit: float, beta: float = 1.0) -> float:
-    """zeta with sum_i price_i sigmoid((alpha_i - zeta) / beta) = limit.
+    """zeta with sum_i price_i sigmoid((alpha_i - zeta) / beta) = limit, for 0 < limit < total.
 
-    alpha, price (units,) float64.  Safeguarded Newton on the logarithm of the sum, started from
-    the solution on every k-th unit, so that a million units need a handful of full passes.
+    alpha, price (units,) float64.  Safeguarded Newton on the logarithm of the sum.  Many units
+    start from the solution on every k-th of them, then from one in single precision, so that a
+    million units cost a few passes.
     """
-    if len(alpha) > 40_000:
-        step = len(alpha) // 10_000
-        part, whole = price[::step], price.sum()
-        share = limit * float(part.sum() / whole)
-        start = threshold(alpha[::step], part, share, beta) if part.sum() > 0 else 0.0
-    else:
-        start = float(alpha.mean())
+    start = float(alpha.mean())
+    if len(alpha) > MANY:
+        every = len(alpha) // 10_000
+        part = price[::every]
+        share = limit * float(part.sum() / price.sum())
+        if share > 0:
+            start = threshold(alpha[::every], part, share, beta)
+        start = _newton(alpha.float(), price.float(), limit, beta, start, 1e-5)
+    return _newton(alpha, price, limit, beta, start, 1e-13)
+
+
+def _newton(alpha: Tensor, price: Tensor, limit: float, beta: float, zeta: float,
+            tolerance: float) -> float:
+    """`threshold` from a starting point, until the sum is within `tolerance`, relative."""
     # at these ends every p is below (above) what the limit allows
     reach = beta * (abs(math.log(limit / float(price.sum()))) + 40.0)
     low, high = float(alpha.min()) - reach, float(alpha.max()) + reach
-    zeta, target = min(max(start, low), high), math.log(limit)
+    zeta = min(max(zeta, low), high)
+    p = torch.empty_like(alpha)
     for _ in range(200):
-        p = torch.sigmoid((alpha - zeta) / beta)
-        spent = price * p
-        total = float(spent.sum())
-        gap = math.log(total) - target if total > 0 else -math.inf
-        if abs(gap) < 1e-12 or high - low < 1e-12 * max(1.0, abs(zeta)):
+        torch.sub(alpha, zeta, out=p).div_(beta).sigmoid_()
+        total = float(price @ p)
+        slope = (total - float(price @ p.square_())) / beta
+        gap = math.log(total / limit) if total > 0 else -math.inf
+        if abs(gap) < tolerance or high - low < 1e-15 * max(1.0, abs(zeta)):
             break
         low, high = (zeta, high) if gap > 0 else (low, zeta)
-        slope = float((spent * (1 - p)).sum()) / (beta * total) if total > 0 else 0.0
-        step_to = zeta + gap / slope if slope > 1e-12 else math.inf
-        zeta = step_to if low < step_to < high else (low + high) / 2
+        nearer = zeta + gap * total / slope if slope > 0 else math.inf
+        zeta = nearer if low < nearer < high else (low + high) / 2
     return zeta
+
+
+class _Shift(torch.autograd.Function):
+    """p = sigmoid((alpha - zeta(alpha)) / beta), zeta by the implicit function theorem."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, price: Tensor, limit: float, beta: float) -> Tensor:
+        zeta = threshold(alpha, price, limit, beta)
+        p = torch.sub(alpha, zeta).div_(beta).sigmoid_()
+        ctx.save_for_backward(p, price)
+        ctx.beta = beta
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        p, price = ctx.saved_tensors
+        s = p * (1 - p) / ctx.beta
+        weight = float(price @ s)
+        mean = float(grad @ s) / weight if weight > 0 else 0.0  # saturated: zeta does not move
+        return s * (grad - mean * price), None, None, None
 
 
 def shift(alpha: Tensor, price: Tensor, limit: float, beta: float = 1.0) -> Tensor:
     """p = sigmoid((alpha - zeta) / beta) with sum_i price_i p_i = limit; float64 (units,).
 
-    Differentiable in alpha with the exact implicit gradient dzeta/dalpha_i = w_i / sum w, w_i =
-    price_i p_i (1 - p_i): one Newton step from the detached solution carries it.  A limit at or
-    above the total price gives p = 1.  Raises ValueError unless limit > 0.
+    Differentiable in alpha with the exact implicit gradient: dzeta/dalpha_i = w_i / sum w with
+    w_i = price_i p_i (1 - p_i).  A limit at or above the total price gives p = 1.
+    Raises ValueError unless limit > 0.
     """
     if not limit > 0:
         raise ValueError(f"limit > 0 must hold, but got {limit=}")
     alpha, price = alpha.double(), price.double()
     if limit >= float(price.sum()):
         return torch.ones_like(alpha) + 0.0 * alpha
-    zeta = threshold(alpha.detach(), price, limit, beta)
-    p = torch.sigmoid((alpha - zeta) / beta)
-    weight = price * (p * (1 - p)).detach() / beta
-    total = float(weight.sum())
-    if total <= 0.0:  # all gates saturated: zeta does not move
-        return p
-    correction = ((price * p).sum() - limit) / total  # value ~ 0, gradient -> dzeta/dalpha
-    return torch.sigmoid((alpha - (zeta + correction)) / beta)
+    p: Tensor = _Shift.apply(alpha, price, float(limit), beta)  # type: ignore[no-untyped-call]
+    return p
 
 
 def fill(score: Tensor, cost: Tensor, limit: int) -> Tensor:

@@ -92,17 +92,17 @@ def _parallel(lists: Mapping[str, nn.Module]) -> dict[str, list[dict[str, str]]]
     """Lists of equal length side by side whose i-th elements together make a block."""
     groups: dict[tuple[str, int], dict[str, nn.Module]] = {}
     for path, module in lists.items():
-        parent, _, name = path.rpartition(".")
-        groups.setdefault((parent, len(list(module.children()))), {})[name] = module
+        holder, _, name = path.rpartition(".")
+        groups.setdefault((holder, len(list(module.children()))), {})[name] = module
     found = {}
-    for (parent, length), named in groups.items():
+    for (holder, length), named in groups.items():
         parameters = (
             (f"{name}.{leaf}", parameter)
             for name, module in named.items()
             for leaf, parameter in module.named_parameters()
         )
         if length and _complete(parameters):
-            paths = {f"{parent}.{name}".lstrip("."): name for name in named}
+            paths = {f"{holder}.{name}".lstrip("."): name for name in named}
             blocks = [{f"{path}.{i}": name for path, name in paths.items()} for i in range(length)]
             found[next(iter(paths))] = blocks
     return found
@@ -125,7 +125,8 @@ def _stacks(modules: dict[str, nn.Module], config: object) -> list[_Stack]:
         # a block that is another one's module has no members of its own
         owned = [members for roots in elements if (members := _members(modules, roots))]
         blocks = (Block(part, i, members, config) for i, members in enumerate(owned, counts[part]))
-        stacks.append(_Stack(path, tuple(blocks)))
+        if owned:
+            stacks.append(_Stack(path, tuple(blocks)))
         counts[part] += len(owned)
     return stacks
 

@@ -148,6 +148,7 @@ def _find_and_train(session: Session, folder: RunFolder, strategy: str, *, space
                     budget: str, given: Mapping[str, Any], structure_seed: int, test: bool,
                     count_head: bool) -> dict[str, Any]:
     """Spec and training of one strategy in its folder; what is there already is kept."""
+    session.job = strategy
     if not folder.has("spec.json"):
         spec, seconds = propose(session, folder, strategy=strategy, space=space, budget=budget,
                                 given=given, seed=structure_seed, count_head=count_head)

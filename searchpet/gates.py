@@ -23,6 +23,11 @@ def hard(z: Tensor) -> Tensor:
     return (z > 0.5).to(z.dtype) + z - z.detach()
 
 
+def decided(p: Tensor, price: Tensor) -> Tensor:
+    """Parameters of the units whose gate is more open than not: the structure so far."""
+    return price[p.detach() > 0.5].sum()
+
+
 def entropy(p: Tensor) -> Tensor:
     """Mean entropy of the gates in bits: 0 decided, 1 undecided."""
     q = p.detach().double().clamp(1e-12, 1 - 1e-12)

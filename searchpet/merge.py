@@ -45,7 +45,8 @@ def merge(model: nn.Module) -> nn.Module:
 
 
 def _affine(graft: Graft) -> Affine:
-    affine = graft.delta.affine(torch.ones(graft.delta.width))
+    weight = next(graft.delta.parameters())
+    affine = graft.delta.affine(torch.ones(graft.delta.width, device=weight.device))
     if affine is None:
         raise InputError(f"only affine kinds can be merged, but {graft.kind} at {graft.site.path} "
                          "is not; keep the deltas unmerged")

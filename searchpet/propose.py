@@ -32,10 +32,16 @@ SPACE = "nano"
 def space_of(strategy: str, space: str | None) -> str:
     """The space to search: the one asked for, else the strategy's own, else the default.
 
-    A strategy `NAME:VARIANT` owns the space file `NAME/VARIANT` if there is one.
+    A strategy `NAME:VARIANT` owns the space file `NAME/VARIANT`.  Raises InputError for a variant
+    without one, where the strategy has such a folder.
     """
-    own = strategy.replace(":", "/")
-    return space or (own if own in space_names() else SPACE)
+    name, _, variant = strategy.partition(":")
+    own = [path.rpartition("/")[2] for path in space_names() if path.startswith(f"{name}/")]
+    if space or not own:
+        return space or SPACE
+    if variant not in own:
+        raise unknown(f"{name}:NAME", variant, own)
+    return f"{name}/{variant}"
 
 
 def hyperparameters(strategy: str, given: Mapping[str, str | float | int | bool],

@@ -23,12 +23,15 @@ from torch import Tensor
 from searchpet.errors import InputError
 
 
+LOG_EVERY = 10  # steps between two lines of log.jsonl
+
+
 @dataclass(frozen=True)
 class Event:
     """What a listener is told after a step: where the run is and how fast it goes.
 
-    step counts from 1; rate is steps per second since this process took up the stage; left is
-    the expected rest of the stage in seconds.
+    job says whose stage it is, such as a control's name; step counts from 1; rate is steps per
+    second since this process took up the stage; left is the expected rest of the stage in seconds.
     """
 
     stage: str
@@ -37,6 +40,7 @@ class Event:
     rate: float
     left: float
     figures: Mapping[str, float] = field(default_factory=dict)
+    job: str = ""
 
 
 Listener = Callable[[Event], None]
@@ -55,20 +59,26 @@ class RunFolder:
     def start(self, settings: Mapping[str, Any], resume: bool) -> None:
         """Open the folder for the run that `settings` describe.
 
-        Raises InputError when it holds something and `resume` is off, or holds another run.
+        A run that stopped before it had a file beside its settings, over wrong input say, does
+        not count.  Raises InputError when the folder holds something and `resume` is off, or
+        holds another run.
         """
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out must be a folder, but {self.path} is a file")
-        used = self.path.is_dir() and any(self.path.iterdir())
+        used = self.path.is_dir() and any(
+            file.name not in ("settings.json", "log.jsonl") for file in self.path.iterdir())
         if used and not resume:
             raise InputError(f"--out must be a new or empty folder, but {self.path} is not empty; "
                              "add --resume to continue it, or name another")
-        if used and self.has("settings.json"):
+        if used:
             self._same(settings)
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("settings.json", settings)
 
     def _same(self, settings: Mapping[str, Any]) -> None:
+        if not self.has("settings.json"):
+            raise InputError(f"--resume must continue a run, but {self.path} holds other files; "
+                             "name another --out")
         before = self.read_json("settings.json")
         now = json.loads(json.dumps(settings))
         for key in sorted(before.keys() | now.keys()):
@@ -187,6 +197,8 @@ class StageLoop:
         taken = self._step + 1 - self._first
         rate = taken / max(time.monotonic() - self._began, 1e-9)
         left = (self.steps - self._step - 1) / rate
+        if self.folder and ((self._step + 1) % LOG_EVERY == 0 or self._step + 1 == self.steps):
+            self.folder.log(stage=self.stage, step=self._step + 1, **plain)
         self.listener(Event(self.stage, self._step + 1, self.steps, rate, left, plain))
 
     def stop(self) -> None:

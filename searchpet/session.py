@@ -100,6 +100,7 @@ class Session:
 
     def __init__(self, settings: Settings, listener: Listener = silent) -> None:
         self.settings, self.listener = settings, listener
+        self.job = ""  # what the listener is told of whose stage runs
         self.device = pick_device(settings.device)
         self.task: Task = load_task(
             settings.task, data=Path(settings.data) if settings.data else None)
@@ -159,7 +160,9 @@ class Session:
 
     def loop(self, folder: RunFolder | None, stage: str, steps: int, seed: int,
              **state: Any) -> StageLoop:
-        return StageLoop(folder, stage, steps, seed, torch.Generator(), self.listener, state)
+        job = self.job
+        return StageLoop(folder, stage, steps, seed, torch.Generator(),
+                         lambda event: self.listener(replace(event, job=job)), state)
 
     def probe(self, model: nn.Module, grafts: Grafts, encoded: Encoded, seed: int,
               ) -> dict[str, float]:

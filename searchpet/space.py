@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
 from searchpet import catalog
@@ -32,6 +32,7 @@ from searchpet.errors import InputError, unknown
 from searchpet.site import Form, Site
 from searchpet.spec import Entry, first_problem
 
+LARGEST = 65_536  # of a number in options: above any width, below what would exhaust memory
 _LAYERS = re.compile(r"^(?:(first|last) (\d+)|(\d+)(?:-(\d+))?)$")
 
 
@@ -183,15 +184,33 @@ class Space:
 
 
 def make(kind: str, site: Site, options: dict[str, Any]) -> Delta:
-    """Build a delta.  Raises InputError for an option that the kind does not have."""
+    """Build a delta.  Raises InputError for a site that the kind does not fit, an option that it
+    does not have, or a value that is not of the option's type, not above 0, or beyond all reason.
+    """
     build = catalog.get("deltas", kind)
+    if not build.fits(site):
+        raise InputError(f"kind {kind} must sit where it fits, but {site.path} is a {site.form}")
+    hints = get_type_hints(build.__init__)
     allowed = [name for name, p in inspect.signature(build.__init__).parameters.items()
                if p.kind is p.KEYWORD_ONLY and name != "channels"]
-    for option in options:
+    for option, value in options.items():
+        if not allowed:
+            raise InputError(f"kind {kind} has no options, but got {option!r}")
         if option not in allowed:
             raise unknown(f"option of kind {kind}", option, allowed)
+        _check_option(f"kind {kind}: {option}", value, hints[option])
     delta: Delta = build(site, **options)
     return delta
+
+
+def _check_option(what: str, value: Any, hint: Any) -> None:
+    """Raise InputError unless `value` is of the annotated type; numbers must be in (0, 65536]."""
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise InputError(f"{what}: {error.errors()[0]['msg']}, but got {value!r}") from error
+    if hint in (int, float) and not 0 < value <= LARGEST:
+        raise InputError(f"{what} must be in (0, {LARGEST}], but got {value!r}")
 
 
 def _pairs(name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule]]:

@@ -6,8 +6,9 @@ their results add; sequential deltas then act on the result.  The backbone's for
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +64,12 @@ class Grafts(nn.Module):
             hook_in = _Act(self, members)
             self._handles.append(
                 model.get_submodule(path).register_forward_hook(hook_in, with_kwargs=True))
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Grafts:
+        """`model.to(device)` moves the gates as well: they are no parameters and no buffers."""
+        self.z = [fn(z) for z in self.z]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def detach(self) -> None:
         """Remove all hooks; the backbone is as it was."""
@@ -144,9 +151,10 @@ def seeded(site: Site, kind: str, options: dict[str, Any], seed: int) -> Delta:
 
     So a retrained structure starts where the search started.
     """
-    key = f"{seed}:{site.path}:{site.role}:{kind}"
+    # hashed: torch reads the low 32 bits of a seed alone
+    key = hashlib.sha256(f"{seed}:{site.path}:{site.role}:{kind}".encode()).digest()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(key.encode(), "little") % (2**63 - 1))
+        torch.manual_seed(int.from_bytes(key[:8], "big") >> 1)
         return make(kind, site, options)
 
 
@@ -154,6 +162,7 @@ class Supernet:
     """A frozen backbone with every delta of a space, gated by `z`.
 
     z: (units,) or (batch, units); writing it sets the gates of all deltas.
+    home: the device for alpha and the shift: the model's, or the CPU where that lacks float64.
     The head (names in `head`) trains with the deltas; everything else is frozen.
     """
 
@@ -166,6 +175,7 @@ class Supernet:
             for p in space.placements
         ])
         device = next(model.parameters()).device
+        self.home = torch.device("cpu") if device.type == "mps" else device
         self._unit = space.unit.to(device)
         self._whole = len(space) == len(space.unit)  # every coordinate a unit, in order
         self._widths = [p.width for p in space.placements]
@@ -178,6 +188,7 @@ class Supernet:
 
     @z.setter
     def z(self, value: Tensor) -> None:
+        value = value.to(self._unit.device)
         self._z = value
         spread = value if self._whole else value.index_select(-1, self._unit)
         self.grafts.z = list(spread.split(self._widths, dim=-1))

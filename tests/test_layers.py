@@ -29,8 +29,10 @@ STOREYS: dict[float, list[str]] = {
     5: ["session"],
     5.3: ["propose"],
     5.5: ["engine"],
-    6: ["export", "grid", "plot", "transfer", "tune"],
-    7: ["report"],
+    6: ["export", "gridfile", "ledger", "plan", "plot", "survey", "transfer", "tune"],
+    6.5: ["grid"],
+    7: ["failures", "options", "report", "views"],
+    7.5: ["progress"],
     8: ["cli"],
     8.5: ["__main__"],
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 import torch
 
 from searchpet.budget import fill, shift
-from searchpet.gates import concrete, entropy
+from searchpet.gates import concrete, decided, entropy
 from searchpet.strategies import Problem, Ranking
 
 TRAINS = True
@@ -31,7 +31,7 @@ def search(
     cold: float = 0.3,  # final temperature; lower ones make alpha's gradient vanish
 ) -> Ranking:
     """Learn alpha (units,), then keep units by p per parameter within the limit."""
-    net, space, device = problem.net, problem.space, problem.net.z.device
+    net, space, device = problem.net, problem.space, problem.net.home
     price = space.cost.to(device).double()
     alpha = torch.zeros(len(space), device=device, requires_grad=True)
     weights = [p for group in net.groups(problem.rates) for p in group["params"]]
@@ -57,6 +57,7 @@ def search(
         for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
             w.grad = g
         learn.step()
-        loop.report(loss=loss, expected=(p * price).sum(), entropy=entropy(p))
+        loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
+                    entropy=entropy(p))
     score = shift(alpha.detach(), price, problem.limit).cpu() / space.cost
     return Ranking(score, fill(score, space.cost, problem.limit))

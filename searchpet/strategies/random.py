@@ -14,6 +14,7 @@ from searchpet.errors import unknown
 from searchpet.strategies import Problem, Ranking
 
 TRAINS = False
+VARIANTS = ("module", "unit")
 
 
 def search(problem: Problem, *, variant: str = "module") -> Ranking:
@@ -21,8 +22,8 @@ def search(problem: Problem, *, variant: str = "module") -> Ranking:
 
     variant: `module` (rank atoms, and all channels of a kind at a site together) or `unit`.
     """
-    if variant not in ("module", "unit"):
-        raise unknown("variant of random", variant, ("module", "unit"))
+    if variant not in VARIANTS:
+        raise unknown("variant of random", variant, VARIANTS)
     space = problem.space
     units = torch.arange(len(space))
     if variant == "module":

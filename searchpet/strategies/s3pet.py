@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from searchpet.budget import fill, shift
-from searchpet.gates import concrete, entropy
+from searchpet.gates import concrete, decided, entropy
 from searchpet.strategies import Problem, Ranking
 
 
@@ -33,7 +33,7 @@ def search(
     radius: float = 0.01,  # DARTS': eps = radius / |v|
 ) -> Ranking:
     """Learn alpha (units,), then keep units by p within the limit."""
-    net, space, device = problem.net, problem.space, problem.net.z.device
+    net, space, device = problem.net, problem.space, problem.net.home
     price = space.cost.to(device).double()
     alpha = torch.zeros(len(space), device=device, requires_grad=True)
     rates = dict.fromkeys(problem.rates, lr) if lr > 0 else problem.rates
@@ -72,7 +72,8 @@ def search(
             w.grad = g
         learn.step()
         p = shift(alpha.detach(), price, problem.limit)
-        loop.report(loss=loss, expected=(p * price).sum(), entropy=entropy(p))
+        loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
+                    entropy=entropy(p))
     score = shift(alpha.detach(), price, problem.limit).cpu()
     return Ranking(score, fill(score, space.cost, problem.limit))
 

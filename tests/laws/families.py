@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 
+from searchpet import catalog
+from searchpet.backbone import config_hash
 from searchpet.discover import discover
 from searchpet.space import Rule, Select, Space
+from searchpet.spec import BackboneId, BudgetUse, Spec
+from searchpet.supernet import Supernet
 
 WORDS = 50
 PLAIN = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -22,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert": TEXT,
     "albert": TEXT | {"embedding_size": 16},
     "gpt2": {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": WORDS, "n_positions": 32,
-             "pad_token_id": 0},
+             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1},
     "gpt_neox": TEXT,
     "llama": GATED,
     "gemma": GATED,
@@ -88,16 +91,52 @@ def some(units: int, seed: int, share: float = 0.5) -> Tensor:
     return keep
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums in one order, whatever the machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def every_kind(**options: dict[str, Any]) -> list[Rule]:
+    """Every kind wherever it fits, each coordinate a unit.  options: by kind."""
+    return [rule(kind, "atom", options.get(kind)) for kind in catalog.names("deltas")]
 
 
-def sizes(parameters: Sequence[Tensor]) -> int:
+def supernet(of: nn.Module, placed: Space, *, trained: bool = True, seed: int = 0) -> Supernet:
+    """All deltas of a space, with weights as training would leave them."""
+    net = Supernet(of, placed, head_of(of), seed)
+    if trained:
+        perturb(net.grafts.deltas.parameters(), 0.2, seed + 1)
+    return net
+
+
+def head_of(of: nn.Module) -> frozenset[str]:
+    """The parameters outside the base model."""
+    base = f"{of.base_model_prefix}."
+    return frozenset(n for n, _ in of.named_parameters() if not n.startswith(base))
+
+
+def spec_of(of: nn.Module, placed: Space, keep: Tensor, **budget: Any) -> Spec:
+    """The spec that a search which kept `keep` would write."""
+    used = placed.parameters(keep)
+    count = sum(p.numel() for n, p in of.named_parameters() if n not in head_of(of))
+    use = {"text": str(used), "limit": used, "used": used, "slack": 0, "denominator": count}
+    return Spec(
+        backbone=BackboneId(name="tiny", revision=None, config_hash=config_hash(of.config),
+                            parameters=count),
+        entries=placed.entries(keep), budget=BudgetUse(**use | budget))
+
+
+@torch.no_grad()
+def hand_over(net: Supernet, keep: Tensor, to: nn.Module) -> None:
+    """Copy the kept coordinates' weights from a supernet to a model that its spec was applied to.
+    """
+    own = {graft.key: graft.delta for graft in to.searchpet.grafts}
+    chosen = keep[net.space.unit].split([p.width for p in net.space.placements])
+    for graft, kept in zip(net.grafts.grafts, chosen, strict=True):
+        if kept.any():
+            own[graft.key].load_state_dict(graft.delta.thin(kept).state_dict())
+
+
+def hooks(of: nn.Module) -> int:
+    """How many hooks a model carries."""
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in of.modules())
+
+
+def sizes(parameters: Iterable[Tensor]) -> int:
+    """How many numbers the tensors hold."""
     return sum(p.numel() for p in parameters)

@@ -1,0 +1,57 @@
+"""What went wrong, in one line: for wrong input and for what the machine ran out of."""
+
+from __future__ import annotations
+
+import errno
+import re
+import shlex
+from collections.abc import Sequence
+
+from searchpet.errors import InputError
+
+RESUMABLE = ("search", "train")
+
+
+def explain(error: Exception, words: Sequence[str]) -> str | None:
+    """The line for an error that is no bug, None for a bug.  words: the command line."""
+    if isinstance(error, InputError):
+        text = str(error)
+    elif hasattr(error, "format_message"):  # the option parser's, for a wrong command line
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context else "searchpet"
+        text = f"{error.format_message().rstrip('.')}; see {path} --help"
+    elif _out_of_memory(error):
+        text = ("memory must hold a batch and what is trained, but it ran out; try a smaller "
+                f"--batch-size with --accumulate, or --max-length{continuation(words)}")
+    elif (reason := _system(error)) is not None:
+        text = f"{reason}; what was written before is kept{continuation(words)}"
+    else:
+        return None
+    return " ".join(text.split())
+
+
+def continuation(words: Sequence[str]) -> str:
+    """How to go on with a command that was cut off."""
+    if words and words[0] in RESUMABLE:
+        resumed = [*words, *([] if "--resume" in words else ["--resume"])]
+        return f"; to continue: {shlex.join(['searchpet', *resumed])}"
+    if words and words[0] == "grid":
+        return "; repeat the command to continue"
+    return ""
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and (
+        "out of memory" in text or "can't allocate memory" in text))
+
+
+def _system(error: Exception) -> str | None:
+    """What the system refused and where: disk full, permission denied, ..."""
+    if isinstance(error, OSError):
+        where = f": {error.filename}" if error.filename else ""
+        advice = "; free some disk space" if error.errno == errno.ENOSPC else ""
+        return f"{error.strerror or error}{where}{advice}"
+    if type(error).__name__ == "SafetensorError" and re.search(r"os error \d+", str(error)):
+        return str(error)
+    return None

@@ -1,0 +1,227 @@
+"""What the command line prints: tables and a text picture, from plain values."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from searchpet.site import Site
+from searchpet.spec import Entry, Spec
+
+SHADES = "·░▒▓█"  # none, then quarters of the largest count on a logarithmic scale
+
+
+def table(*columns: str, rows: Iterable[Sequence[object]] = (), left: int = 1) -> Table:
+    """A table whose first `left` columns are text and whose others are numbers."""
+    view = Table(box=None, pad_edge=False, header_style="bold")
+    for i, column in enumerate(columns):
+        view.add_column(column, justify="left" if i < left else "right", overflow="fold")
+    for row in rows:
+        view.add_row(*(cell if isinstance(cell, str) else figure(cell) for cell in row))
+    return view
+
+
+def figure(value: object) -> str:
+    """A number as people read it; nothing for None."""
+    if value is None:
+        return ""
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def share(value: float) -> str:
+    """A fraction as percent, three digits."""
+    return f"{100 * value:.3g}%"
+
+
+def outcome(values: Mapping[str, Any]) -> Iterable[Any]:
+    """The comparison at the end of a search or a training."""
+    backbone = values["backbone"]
+    rows: list[list[object]] = [
+        [f"{values['strategy']} (found)" if values["controls"] else values["strategy"],
+         values["score"], values["trainable"], share(values["fraction"])]]
+    for control in values["controls"]:
+        count = control["trainable"]
+        rows.append([control["name"], control["score"], count, share(count / backbone)])
+    full = values["full_finetune"]
+    if full is not None and values["strategy"] != "full":
+        rows.append(["full fine-tuning", full, backbone, "100%"])
+    budget = values["budget_limit"]
+    room = f"budget {budget:,} of" if budget is not None else "a backbone of"
+    yield f"{values['task']}: {room} {backbone:,} parameters, beside a head of {values['head']:,}\n"
+    yield table("structure", f"{values['metric']} on {values['split']}", "trainable", "share",
+                rows=rows)
+
+
+def finished(values: Mapping[str, Any], path: Path) -> Iterable[Any]:
+    """The end of a job: the comparison, what was saved where, what to do next."""
+    yield from outcome(values)
+    yield ""
+    yield saved(path)
+    if values["spec_hash"]:
+        yield f"\nnext: {shlex.join(['searchpet', 'show', str(path)])}"
+        yield f"      {shlex.join(['searchpet', 'predict', str(path)])} FILE"
+
+
+def saved(path: Path) -> Table:
+    """What lies where in a run folder."""
+    known = {"spec.json": "the structure", "delta.safetensors": "the trained tensors",
+             "result.json": "these figures"}
+    rows = [[what, str(path / name), size((path / name).stat().st_size)]
+            for name, what in known.items() if (path / name).is_file()]
+    if (path / "controls").is_dir():
+        rows.append(["the controls", str(path / "controls"), ""])
+    return table("saved", "where", "size", rows=rows, left=2)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them; KB = 1000."""
+    for unit in ("B", "KB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def duration(seconds: float) -> str:
+    """`45 s`, `3:20 min`, `2:05 h`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60}:{whole % 60:02d} min"
+    return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def ahead(plan: Mapping[str, Any]) -> Table:
+    """What a dry run found out."""
+    p = plan
+    rows = [
+        ["space", f"{p['space']}: {p['units']:,} units, {p['parameters']:,} parameters, the "
+                  f"cheapest {p['cheapest']:,}"],
+        ["budget", f"{p['limit']:,} parameters, beside a head of {p['head']:,}"],
+        ["time", f"about {duration(p['seconds'])}: search {duration(p['search_seconds'])}, "
+                 f"{p['trainings']} trainings of about {duration(p['train_seconds'])}"],
+        ["memory", f"about {size(p['memory_bytes'])}"],
+        ["disk", f"{size(p['disk_bytes'])} kept, at most {size(p['disk_peak_bytes'])} while it "
+                 "runs"],
+    ]
+    return table("dry run", "nothing was written", rows=rows, left=2)
+
+
+def survey(found: Mapping[str, Any]) -> Iterable[Any]:
+    """A space on a model, and what a budget buys of it."""
+    f = found
+    yield (f"{f['space']} on {f['model']} ({f['backbone']:,} parameters): {f['units']:,} units, "
+           f"{f['parameters']:,} parameters, the cheapest unit {f['cheapest']:,}")
+    yield (f"budget {f['budget']} = {f['limit']:,} parameters; drawn at random it buys "
+           f"{f['random_units']:,} units, {f['random_parameters']:,} parameters; of one kind "
+           "alone at most:\n")
+    yield table("kind", "grain", "units", "parameters", "cheapest", "dearest", "budget buys",
+                rows=[list(group.values()) for group in f["kinds"]], left=2)
+
+
+def lines(rows: Sequence[Mapping[str, Any]], form: str) -> str:
+    """Predictions as JSON Lines or CSV; in CSV one column per class score."""
+    if form == "jsonl":
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    out = io.StringIO()
+    flat = [{k: v for key, value in row.items() for k, v in _cells(key, value)} for row in rows]
+    writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    return out.getvalue()
+
+
+def _cells(key: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if not isinstance(value, list):
+        return [(key, value)]
+    return [(f"{key}_{i}", one) for i, one in enumerate(value)]
+
+
+def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """Results of several runs, the best of each task first."""
+    rows = sorted(([v["task"], name, v["strategy"], v["score"], f"{v['metric']} {v['split']}",
+                    v["trainable"], share(v["fraction"]), v["seed"],
+                    round(v["seconds"]["search"] + v["seconds"]["train"])]
+                   for name, v in runs), key=lambda row: (row[0], row[4], -row[3]))
+    return table("task", "run", "strategy", "score", "metric", "trainable", "share", "seed",
+                 "seconds", rows=[[*row[:5], *row[5:]] for row in rows], left=3)
+
+
+def structure(spec: Spec) -> Iterable[Any]:
+    """A spec's deltas by kind and role, and the picture of them."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in spec.entries:
+        groups.setdefault((entry.kind, entry.role), []).append(entry)
+    rows = [[kind, role, len(entries), sum(len(e.kept) for e in entries),
+             _ranges(e.layer for e in entries)]
+            for (kind, role), entries in sorted(groups.items())]
+    budget, backbone = spec.budget, spec.backbone
+    yield (f"{backbone.name}: {budget.used:,} of {budget.limit:,} parameters "
+           f"({share(budget.used / budget.denominator)} of {budget.denominator:,}), found by "
+           f"{spec.provenance.get('strategy', 'hand')}, {spec.hash[:12]}\n")
+    yield table("kind", "role", "sites", "coordinates", "layers", rows=rows, left=2)
+    yield ""
+    yield picture(spec)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """`0-3, 5`."""
+    parts: list[list[int]] = []
+    for n in sorted(set(numbers)):
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1].append(n)
+        else:
+            parts.append([n])
+    return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
+
+
+def picture(spec: Spec) -> str:
+    """Roles (rows) x layers (columns): the darker, the more coordinates are kept there."""
+    cells: Counter[tuple[str, int]] = Counter()
+    for entry in spec.entries:
+        cells[_row(entry), entry.layer] += len(entry.kept)
+    layers = range(min(layer for _, layer in cells), max(layer for _, layer in cells) + 1)
+    names = sorted({name for name, _ in cells})
+    wide, most = max(len(name) for name in names), max(cells.values())
+    lines = [" " * wide + " " + " ".join(
+        " e" if layer < 0 else f"{layer % 100:>2}" for layer in layers)]
+    for name in names:
+        shades = " ".join(_shade(cells[name, layer], most) * 2 for layer in layers)
+        total = sum(cells[name, layer] for layer in layers)
+        lines.append(f"{name:<{wide}} {shades}  {total:,}")
+    return "\n".join([*lines, f"columns are layers, e the embeddings; {SHADES[-1]} is {most:,} coordinates"])
+
+
+def _row(entry: Entry) -> str:
+    side = next((s for s in ("encoder", "decoder") if s in entry.path.split(".")[:2]), "")
+    return f"{side} {entry.role}".strip()
+
+
+def _shade(count: int, most: int) -> str:
+    if not count:
+        return SHADES[0]
+    level = math.log1p(count) / math.log1p(most)
+    return SHADES[max(1, math.ceil(4 * level))]
+
+
+def sites(found: Sequence[Site]) -> Table:
+    """Sites by part and role: shapes, layers, how many."""
+    groups: dict[tuple[str, str, str, str], list[Site]] = {}
+    for site in found:
+        shape = f"{site.d_in}→{site.d_out}" if site.form == "linear" else str(site.d_out)
+        groups.setdefault((site.part, site.role, site.form, shape), []).append(site)
+    rows = [[part, role, form, shape, _ranges(s.layer for s in members), len(members)]
+            for (part, role, form, shape), members in sorted(groups.items())]
+    return table("part", "role", "form", "shape", "layers", "sites", rows=rows, left=5)

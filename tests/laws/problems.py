@@ -1,0 +1,56 @@
+"""A small search problem on a tiny model, as a strategy sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from searchpet.calibrate import probe, rates
+from searchpet.run import RunFolder, StageLoop
+from searchpet.space import Space
+from searchpet.strategies import Problem
+from searchpet.supernet import Supernet
+from tests.laws import families as tiny
+
+Batch = dict[str, Tensor]
+
+
+class Draws:
+    """Endless batches of random tokens; draws[step] is a function of (seed, step).
+
+    label: batch -> (rows,) long; by default whether the first token is a high one.
+    """
+
+    def __init__(self, seed: int, rows: int = 8, words: int = tiny.WORDS,
+                 label: Callable[[Batch], Tensor] | None = None) -> None:
+        self.seed, self.rows, self.words, self.label = seed, rows, words, label
+
+    def __getitem__(self, step: int) -> Batch:
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + step)
+        ids = torch.randint(2, self.words, (self.rows, 6), generator=generator)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        high = (ids[:, 0] > self.words // 2).long()
+        return {**batch, "labels": self.label(batch) if self.label else high}
+
+
+def problem(model: nn.Module, space: Space, limit: int, *, steps: int = 4, seed: int = 0,
+            head: frozenset[str] | None = None, tau: float = 0.1, train: Draws | None = None,
+            valid: Draws | None = None, folder: RunFolder | None = None,
+            every: float = 1e9) -> Problem:
+    """A supernet on the model and all that a strategy is given beside it."""
+    net = Supernet(model, space, tiny.head_of(model) if head is None else head, seed)
+    train, valid = train or Draws(seed), valid or Draws(seed + 1)
+    generator = torch.Generator().manual_seed(seed)
+
+    def loss(batch: Batch) -> Tensor:
+        return model(**batch).loss
+
+    def loop(steps: int, **state: Any) -> StageLoop:
+        return StageLoop(folder, "search", steps, seed, generator, state=state, every=every)
+
+    found = rates(probe(net.grafts, lambda: loss(train[0])), tau, {"head": 5e-3})
+    return Problem(net=net, space=space, limit=limit, train=train, valid=valid, loss=loss,
+                   rates=found, steps=steps, loop=loop, generator=generator)

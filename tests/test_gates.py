@@ -1,0 +1,88 @@
+"""Gates: the distribution, gradient and shape of samples; the bounds of entropy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from searchpet.gates import concrete, entropy, hard
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3])
+@pytest.mark.parametrize("p", [0.01, 0.2, 0.5, 0.9])
+def test_a_gate_is_mostly_open_with_probability_p(p: float, temperature: float) -> None:
+    n = 40_000
+    z = concrete(torch.full((n,), p, dtype=torch.float64), temperature, seeded())
+    deviation = (p * (1 - p) / n) ** 0.5
+    assert float((z > 0.5).double().mean()) == pytest.approx(p, abs=4 * deviation)
+
+
+def test_colder_gates_are_closer_to_open_or_closed() -> None:
+    p = torch.full((10_000,), 0.5, dtype=torch.float64)
+    undecided = [float((z * (1 - z)).mean())
+                 for z in (concrete(p, t, seeded()) for t in (1.0, 0.5, 0.1))]
+    assert undecided == sorted(undecided, reverse=True)
+
+
+def test_the_gradient_is_the_difference_quotient_at_fixed_noise() -> None:
+    p = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
+    weight = torch.arange(1.0, 8.0)
+
+    def value(p: Tensor) -> Tensor:
+        return (weight * concrete(p, 0.7, seeded(3))).sum().double()
+
+    leaf = p.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(value(leaf), leaf)
+    for i in range(7):
+        step = torch.zeros_like(p)
+        step[i] = 1e-3  # samples are float32
+        slope = float((value(p + step) - value(p - step)) / 2e-3)
+        assert float(gradient[i]) == pytest.approx(slope, rel=1e-2, abs=1e-3)
+
+
+def test_certain_gates_are_open_or_closed_and_finite() -> None:
+    p = torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True)
+    z = concrete(p, 1.0, seeded())
+    assert z[0] < 0.01 and z[1] > 0.99
+    z.sum().backward()
+    assert p.grad is not None and bool(p.grad.isfinite().all())
+
+
+def test_rows_are_independent_samples_of_the_same_gates() -> None:
+    p = torch.tensor([0.3, 0.8], dtype=torch.float64)
+    assert concrete(p, 1.0, seeded()).shape == (2,)
+    z = concrete(p, 1.0, seeded(), rows=20_000)
+    assert z.shape == (20_000, 2) and z.dtype == torch.float32
+    torch.testing.assert_close((z > 0.5).double().mean(0), p, atol=0.02, rtol=0)
+    neighbours = torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))
+    assert abs(float(neighbours[0, 1])) < 0.03
+
+
+def test_the_generator_is_the_only_randomness() -> None:
+    p = torch.full((9,), 0.5, dtype=torch.float64)
+    torch.manual_seed(1)
+    first = concrete(p, 1.0, seeded(5))
+    torch.manual_seed(2)
+    assert torch.equal(first, concrete(p, 1.0, seeded(5)))
+    assert not torch.equal(first, concrete(p, 1.0, seeded(6)))
+
+
+def test_hard_gates_have_the_gradient_of_soft_ones() -> None:
+    z = torch.tensor([0.2, 0.5, 0.7], requires_grad=True)
+    out = hard(z)
+    torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 1.0]))
+    out.sum().backward()
+    torch.testing.assert_close(z.grad, torch.ones(3))
+
+
+def test_entropy_is_in_bits_between_decided_and_undecided() -> None:
+    assert float(entropy(torch.tensor([0.0, 1.0]))) == pytest.approx(0.0, abs=1e-9)
+    assert float(entropy(torch.full((4,), 0.5))) == pytest.approx(1.0)
+    middle = float(entropy(torch.tensor([0.0, 0.5])))
+    assert middle == pytest.approx(0.5)
+    assert not entropy(torch.tensor([0.5], requires_grad=True)).requires_grad
