@@ -27,13 +27,11 @@ WRONG = 2  # exit code of wrong input
 INTERRUPTED = 130  # exit code of Ctrl-C, as shells have it
 WIDE = 160  # columns of a table that goes into a file
 QUIET = {  # what other libraries would print beside our own lines
-    "TRANSFORMERS_VERBOSITY": "error", "DATASETS_VERBOSITY": "error",
-    "HF_HUB_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    **dict.fromkeys(["TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"], "error"),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
-LISTS = {"kinds": "deltas", "grains": "grains", "strategies": "strategies", "spaces": "spaces",
-         "tasks": "tasks"}
+LISTS = ("kinds", "grains", "strategies", "spaces", "tasks")
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -42,10 +40,7 @@ app = typer.Typer(
 
 
 def plug_in(modules: list[str]) -> list[str]:
-    """Import the user's modules, which register kinds, grains, strategies or tasks.
-
-    Raises InputError for one that is not there or fails.
-    """
+    """Import the user's modules.  Raises InputError for one that is not there or fails."""
     for module in modules or ():
         if os.getcwd() not in sys.path:
             sys.path.insert(0, os.getcwd())
@@ -222,7 +217,7 @@ def list_(
 
     if what not in LISTS:
         raise unknown("list", what, LISTS)
-    found = described(LISTS[what])
+    found = described("deltas" if what == "kinds" else what)
     _answer(found, json_, lambda v: [v.table(what, "", rows=found.items(), left=2)])
 
 
@@ -235,13 +230,14 @@ def grid(
         "--table", help="Only write and print the table of what is there.")] = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
-    """Train methods x tasks x budgets x seeds.  Run it again to continue; several may run at once.
-    """
-    from searchpet.grid import run_grid, write_table
+    """Train methods x tasks x budgets x seeds; again to continue, several at once to share."""
+    from searchpet.ledger import write_table
 
     if table:
         typer.echo(write_table(out or file.resolve().parent), nl=False)
         return
+    from searchpet.grid import run_grid
+
     with _reporter(quiet, log=False) as reporter:
         text = run_grid(file, data=data, out=out, say=reporter.say, listener=reporter)
     typer.echo(text, nl=False)

@@ -224,9 +224,9 @@ def evaluate(run: str | Path, *, task: str | None = None, data: str | None = Non
                          f"{', '.join(found.labels) or 'a number'}")
     part = found.splits.get(split)
     if part is None or part.labels is None:
-        raise InputError(f"--split must be a labelled split of {found.name}, "
-                         f"{', '.join(n for n, s in found.splits.items() if s.labels is not None)},"
-                         f" but got {split!r}")
+        labelled = ", ".join(n for n, s in found.splits.items() if s.labels is not None)
+        raise InputError(f"--split must be a labelled split of {found.name}, {labelled}, but got "
+                         f"{split!r}")
     applied, tokenizer = _with_tokenizer(run, model)
     encoded = encode(part, tokenizer, trained.max_length)
     return measure_model(applied, encoded, found.metrics, batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import re
 import shlex
 from collections.abc import Sequence
 
@@ -52,6 +51,4 @@ def _system(error: Exception) -> str | None:
         where = f": {error.filename}" if error.filename else ""
         advice = "; free some disk space" if error.errno == errno.ENOSPC else ""
         return f"{error.strerror or error}{where}{advice}"
-    if type(error).__name__ == "SafetensorError" and re.search(r"os error \d+", str(error)):
-        return str(error)
     return None

@@ -15,7 +15,6 @@ cell that no other one holds, and the system lets go of the cells of a process t
 from __future__ import annotations
 
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,14 +27,11 @@ from searchpet.budget import Budget
 from searchpet.engine import outcome_row
 from searchpet.errors import InputError
 from searchpet.gridfile import REFERENCES, GridFile, Method, read_grid
-from searchpet.ledger import Ledger, Row, claim
+from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, claim, write_table
 from searchpet.propose import propose
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.spec import Spec
-
-RESULT_KEY = ("task", "budget", "method", "structure_seed", "seed")
-SWEEP_KEY = (*RESULT_KEY, "tau")
 
 
 @dataclass(frozen=True)
@@ -73,15 +69,14 @@ class Bench:
         self.sweeps = Ledger(self.folder / "sweep.jsonl", SWEEP_KEY)
 
     def cells(self, task: str, session: Callable[[], Session]) -> Iterator[Cell]:
-        """The cells of a task, in the order in which they are worked on."""
-        for method in self.grid.methods:
-            if method.name in REFERENCES:
-                yield self._cell(task, "", REFERENCES[method.name], method)
-        for budget in map(str, self.grid.budgets):
+        """The cells of a task, in the order in which they are worked on; references once."""
+        for i, budget in enumerate(map(str, self.grid.budgets)):
             share = _share(budget, session)
             for method in self.grid.methods:
                 if method.name not in REFERENCES:
                     yield self._cell(task, budget, share, method)
+                elif i == 0:
+                    yield self._cell(task, "", REFERENCES[method.name], method)
 
     def _cell(self, task: str, budget: str, share: float, method: Method) -> Cell:
         parts = (task, budget or "all", method.name)
@@ -97,19 +92,24 @@ class Bench:
         done = self.results.rows()
         return all(cell.key(*final) in done for final in self.finals(cell))
 
+    def total(self) -> int:
+        """Trainings of the whole grid."""
+        grid, sweep = self.grid, len(self.grid.taus) if len(self.grid.taus) > 1 else 0
+        once = [m.name in REFERENCES for m in grid.methods]
+        finals = [1 if o else m.structures for m, o in zip(grid.methods, once, strict=True)]
+        return len(grid.tasks) * sum(
+            (count * len(grid.seeds) + sweep) * (1 if o else len(grid.budgets))
+            for count, o in zip(finals, once, strict=True))
+
     def progress(self, what: str) -> None:
         """Print a line with the trainings done and the time left, at the pace so far."""
-        sweeps = len(self.grid.taus) if len(self.grid.taus) > 1 else 0
-        total = sum((1 if m.name in REFERENCES else m.structures * len(self.grid.budgets))
-                    * len(self.grid.seeds)
-                    + sweeps * (1 if m.name in REFERENCES else len(self.grid.budgets))
-                    for m in self.grid.methods) * len(self.grid.tasks)
         done = len(self.results.rows()) + len(self.sweeps.rows())
         self.before = done if self.before < 0 else self.before
-        pace = (time.monotonic() - self.began) / max(1, done - self.before)
-        left = f", about {max(0, total - done) * pace / 60:.0f} min left" if (
-            done > self.before) else ""
-        self.say(f"[{done}/{total}{left}] {what}")
+        left = ""
+        if done > self.before:
+            pace = (time.monotonic() - self.began) / (done - self.before)
+            left = f", about {max(0, self.total() - done) * pace / 60:.0f} min left"
+        self.say(f"[{done}/{self.total()}{left}] {what}")
 
 
 def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | None = None,
@@ -123,22 +123,30 @@ def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | Non
     bench = Bench(grid, Path(out) if out else Path(file).resolve().parent, data, say, listener)
     _same_grid(bench)
     bench.progress("start")
+    elsewhere = 0
     for task in grid.tasks:
-        session = functools.cache(
-            functools.partial(Session, grid.settings(task, data), listener))
+        session = functools.cache(functools.partial(_session, bench, task))
         for cell in bench.cells(task, session):
-            if bench.finished(cell):
-                continue
-            with claim(cell.path) as mine:
-                if not mine:
-                    bench.progress(f"{cell}: another process is at it")
-                elif not bench.finished(cell):
-                    _run_cell(bench, cell, session())
-    return write_table(bench.folder)
+            if not bench.finished(cell):
+                with claim(cell.path) as mine:
+                    elsewhere += not mine
+                    if mine and not bench.finished(cell):
+                        _run_cell(bench, cell, session())
+    if elsewhere:
+        bench.progress(f"left to other processes: {elsewhere} cells")
+    return write_table(bench.folder) if bench.results.rows() else ""
+
+
+def _session(bench: Bench, task: str) -> Session:
+    session = Session(bench.grid.settings(task, bench.data), bench.listener)
+    for warning in session.task.warnings:
+        bench.say(f"warning: {task}: {warning}")
+    return session
 
 
 def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
     """Structures, sweep, final trainings; what is there already is kept."""
+    session.job = str(cell)
     found: dict[int, tuple[Spec | str, float]] = {}
     for structure, _ in bench.finals(cell):
         if structure not in found:
@@ -260,7 +268,7 @@ def _file_name(text: str) -> str:
 
 
 def _same_grid(bench: Bench) -> None:
-    """Refuse to mix trainings of two grids; what may grow are the lists.
+    """Refuse to mix trainings of two grids; the lists of tasks, methods and so on may grow.
 
     Raises InputError naming what changed since the folder's first run.
     """
@@ -274,33 +282,6 @@ def _same_grid(bench: Bench) -> None:
             raise InputError(f"a grid must keep its settings while it grows, but {key} was "
                              f"{before[key]!r} in {bench.folder} and is {now[key]!r} now; take "
                              "another --out, or move the old results away")
-    folder.write_json("grid.json", {**before, **now})
-
-
-def write_table(folder: str | Path) -> str:
-    """table.md from results.jsonl: mean and sample standard deviation over final trainings."""
-    ledger = Ledger(Path(folder) / "results.jsonl", RESULT_KEY)
-    groups: dict[tuple[str, float, str], list[Row]] = {}
-    for row in ledger.rows().values():
-        groups.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
-    if not groups:
-        raise InputError(f"a table needs finished trainings, but {ledger.path} has none; run the "
-                         "grid first")
-    lines = ["| task | budget | method | score | spread | n | trainable | tau | search s |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for (task, budget, method), rows in sorted(
-            groups.items(), key=lambda g: (g[0][0], -g[0][1], -_mean(g[1], "score"))):
-        scores = [row["score"] for row in rows]
-        spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-"
-        lines.append(
-            f"| {task} ({rows[0]['metric']}, {rows[0]['split']}) | {budget:.6g} | {method} | "
-            f"{_mean(rows, 'score'):.4f} | {spread} | {len(rows)} | "
-            f"{round(_mean(rows, 'trainable')):,} | {rows[0]['tau']:g} | "
-            f"{_mean(rows, 'search_seconds'):.0f} |")
-    text = "\n".join(lines) + "\n"
-    (Path(folder) / "table.md").write_text(text, encoding="utf-8")
-    return text
-
-
-def _mean(rows: list[Row], name: str) -> float:
-    return statistics.fmean(row[name] for row in rows)
+    with claim(folder.path) as mine:
+        if mine:
+            folder.write_json("grid.json", {**before, **now})

@@ -1,10 +1,13 @@
-"""Results that several processes write: lines appended whole, work claimed by one at a time."""
+"""Results that several processes write: lines appended whole, work claimed by one at a time;
+and the table of them.
+"""
 
 from __future__ import annotations
 
 import fcntl
 import json
 import os
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +16,9 @@ from typing import Any
 from searchpet.errors import InputError
 
 Row = dict[str, Any]
+
+RESULT_KEY = ("task", "budget", "method", "structure_seed", "seed")
+SWEEP_KEY = (*RESULT_KEY, "tau")
 
 
 class Ledger:
@@ -56,3 +62,32 @@ def claim(folder: Path) -> Iterator[bool]:
         except BlockingIOError:
             mine = False
         yield mine
+
+
+def write_table(folder: str | Path) -> str:
+    """table.md from results.jsonl: mean and sample standard deviation over final trainings."""
+    ledger = Ledger(Path(folder) / "results.jsonl", RESULT_KEY)
+    groups: dict[tuple[str, float, str], list[Row]] = {}
+    for row in ledger.rows().values():
+        groups.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+    if not groups:
+        raise InputError(f"a table needs finished trainings, but {ledger.path} has none; run the "
+                         "grid first")
+    lines = ["| task | budget | method | score | spread | n | trainable | tau | search s |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for (task, budget, method), rows in sorted(
+            groups.items(), key=lambda g: (g[0][0], -g[0][1], -_mean(g[1], "score"))):
+        scores = [row["score"] for row in rows]
+        spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-"
+        lines.append(
+            f"| {task} ({rows[0]['metric']}, {rows[0]['split']}) | {budget:.6g} | {method} | "
+            f"{_mean(rows, 'score'):.4f} | {spread} | {len(rows)} | "
+            f"{round(_mean(rows, 'trainable')):,} | {rows[0]['tau']:g} | "
+            f"{_mean(rows, 'search_seconds'):.0f} |")
+    text = "\n".join(lines) + "\n"
+    (Path(folder) / "table.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _mean(rows: list[Row], name: str) -> float:
+    return statistics.fmean(row[name] for row in rows)

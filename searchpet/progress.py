@@ -7,6 +7,7 @@ from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from searchpet.run import Event
 from searchpet.views import duration
@@ -28,9 +29,11 @@ class Reporter:
         self._last: Event | None = None  # of the stage that runs
         self._said = 0.0
         if self.console.is_terminal and not quiet:
+            wrapped = Column(no_wrap=False, overflow="fold")
             self._bar = Progress(
-                TextColumn("{task.description}"), BarColumn(24),
-                TextColumn("{task.fields[facts]}"), console=self.console, transient=True)
+                BarColumn(12), TextColumn("{task.description} {task.fields[facts]}",
+                                          table_column=wrapped),
+                console=self.console, transient=True)
 
     def __enter__(self) -> Reporter:
         if self._bar:
@@ -59,14 +62,14 @@ class Reporter:
         self._last = event
         if self._bar:
             self._show(self._bar, event, new)
-        elif self.log and now - self._said >= EVERY:
+        elif self.log and now - self._said >= EVERY and event.step < event.steps:
             self._said = now
             self.say(f"{name(event)} {facts(event)}")
 
     def _end(self) -> None:
         """A line on the stage that is over: it may have stopped before its last step."""
         if self._last is not None and self.log:
-            self.say(f"{name(self._last)} {facts(self._last)}")
+            self.say(f"{name(self._last)} {facts(self._last, over=True)}")
         self._last = None
 
     def _show(self, bar: Progress, event: Event, new: bool) -> None:
@@ -83,10 +86,12 @@ def name(event: Event) -> str:
     return f"{event.job} {event.stage}".strip()
 
 
-def facts(event: Event) -> str:
+def facts(event: Event, over: bool = False) -> str:
     """Step, rate, time left, and whatever figures the stage reports."""
     parts = [f"{event.step}/{event.steps}", f"{event.rate:.1f} steps/s"]
-    if event.step < event.steps:
+    if over and event.step < event.steps:
+        parts.append("stopped here")
+    elif event.step < event.steps:
         parts.append(f"{duration(event.left)} left")
     for figure, value in event.figures.items():
         whole = figure in ("expected", "hard")

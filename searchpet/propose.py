@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -73,7 +74,10 @@ def _typed(name: str, value: Any, default: Any) -> Any:
     try:
         if kind is bool:
             return {"true": True, "false": False}[str(value).lower()]
-        return kind(value)
+        found = kind(value)
+        if kind is float and not math.isfinite(found):
+            raise ValueError("not finite")
+        return found
     except (ValueError, KeyError) as error:
         raise InputError(f"{name} must be a {kind.__name__} such as {default}, but got "
                          f"{value!r}") from error
@@ -83,7 +87,7 @@ def budget_of(session: Session, text: str, count_head: bool) -> tuple[Budget, in
     """The budget and the parameters that it leaves for deltas."""
     budget = Budget.parse(text, session.identity.parameters)
     head = session.head_size if count_head else 0
-    if budget.limit <= head:
+    if count_head and budget.limit <= head:
         raise InputError(f"a budget that counts the head must exceed its {head:,} parameters, but "
                          f"{text} is {budget.limit:,}; drop --count-head or raise the budget")
     return budget, budget.limit - head
@@ -112,8 +116,8 @@ def propose(session: Session, folder: RunFolder | None, *, strategy: str, space:
     if used > limit:
         raise RuntimeError(f"strategy {strategy} kept {used} parameters, above {limit}")
     if not used:
-        raise InputError(f"a budget of {limit:,} parameters buys nothing that {strategy} may take "
-                         f"in space {sites.name}; its cheapest choice costs more, raise the budget")
+        raise InputError(f"a budget must buy at least one choice of {strategy}, but {limit:,} "
+                         f"parameters buy none in space {sites.name}; raise the budget")
     spec = Spec(
         backbone=BackboneId(**asdict(session.identity)), entries=sites.entries(ranking.keep),
         budget=BudgetUse(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -21,7 +22,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from searchpet.errors import InputError
-
 
 LOG_EVERY = 10  # steps between two lines of log.jsonl
 
@@ -142,8 +142,10 @@ class RunFolder:
         try:
             write(partial)
             os.replace(partial, target)
-        except BaseException:
+        except BaseException as error:
             partial.unlink(missing_ok=True)
+            if code := _system_code(error):  # say where: a full disk's own error does not
+                raise OSError(code, os.strerror(code), str(target)) from error
             raise
 
 
@@ -182,11 +184,14 @@ class StageLoop:
             self.generator.manual_seed(seed)
             yield step
             if time.monotonic() - saved > self.every:
-                self._save(step + 1)
+                self._save(self.steps if self.stopped else step + 1)
                 saved = time.monotonic()
 
     def report(self, **figures: float | Tensor) -> None:
-        """Tell the listener how the step went.  Raises InputError for a loss that is not finite."""
+        """Tell the listener how the step went.
+
+        Raises InputError for a loss that is not finite.
+        """
         plain = {name: float(v.detach() if isinstance(v, Tensor) else v)
                  for name, v in figures.items()}
         loss = plain.get("loss", 0.0)
@@ -222,6 +227,14 @@ class StageLoop:
         tensors, meta = self.folder.read_tensors(self.file)
         unpack(self.state, tensors, json.loads(meta["plain"]))
         return int(meta["step"])
+
+
+def _system_code(error: BaseException) -> int | None:
+    """What the operating system refused, also where safetensors wraps it; None for other errors."""
+    if isinstance(error, SafetensorError):
+        match = re.search(r"os error (\d+)", str(error))
+        return int(match[1]) if match else None
+    return error.errno if isinstance(error, OSError) else None
 
 
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

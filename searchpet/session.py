@@ -199,10 +199,10 @@ class Session:
             if folder is not None and isinstance(method, Spec):
                 save_delta(folder, model, self.head, self.trained(method))
             count = sum(p.numel() for group in groups for p in group["params"])
+        trained = self.identity.parameters if method == "full" else count - self.head_size
         return Outcome(
-            result.metrics[self.task.metrics[0]], result.metrics, tested, count - self.head_size if method != "full" else
-            self.identity.parameters, self.head_size, tau, result.step,
-            round(time.monotonic() - began, 3))
+            result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
+            self.head_size, tau, result.step, round(time.monotonic() - began, 3))
 
     def sweep(self, method: Spec | str, folder: RunFolder | None, seed: int,
               ) -> list[tuple[float, float]]:
@@ -250,9 +250,9 @@ class Session:
         """Metrics on a split.  Raises InputError when the task has none with labels."""
         encoded = self.splits.get(split)
         if encoded is None or encoded.labels is None:
+            labelled = ", ".join(n for n, e in self.splits.items() if e.labels is not None)
             raise InputError(f"a {split} score needs a labelled {split} split, but task "
-                             f"{self.task.name} has none; its splits are "
-                             f"{', '.join(n for n, e in self.splits.items() if e.labels is not None)}")
+                             f"{self.task.name} has {labelled}")
         s = self.settings
         return evaluate(model, encoded, self.task.metrics, 4 * s.batch_size, s.precision)
 

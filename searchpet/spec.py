@@ -70,9 +70,8 @@ class BudgetUse(_Frozen):
     @model_validator(mode="after")
     def _adds_up(self) -> BudgetUse:
         if self.used + self.slack != self.limit:
-            raise ValueError(
-                f"used + slack must equal limit, but got {self.used} + {self.slack} != {self.limit}"
-            )
+            raise ValueError(f"used + slack must equal limit, but got {self.used} + {self.slack} "
+                             f"!= {self.limit}")
         return self
 
 
@@ -87,11 +86,11 @@ class Spec(_Frozen):
 
     @model_validator(mode="after")
     def _distinct(self) -> Spec:
-        keys = [entry.key for entry in self.entries]
-        twice = sorted({key for key in keys if keys.count(key) > 1}) if len(
-            set(keys)) < len(keys) else []
-        if twice:
-            raise ValueError(f"entries must be distinct, but {twice[0]} stands twice")
+        seen: set[str] = set()
+        for entry in self.entries:
+            if entry.key in seen:
+                raise ValueError(f"entries must be distinct, but {entry.key} stands twice")
+            seen.add(entry.key)
         return self
 
     @property
@@ -140,7 +139,7 @@ class Spec(_Frozen):
                              "searchpet_spec), but it is something else")
         if raw["searchpet_spec"] != VERSION:
             raise InputError(f"{origin} must be of version {VERSION}, but says "
-                             f"{raw['searchpet_spec']!r}; use a searchpet that writes that version")
+                             f"{raw['searchpet_spec']!r}; use a searchpet that reads it")
         content = {key: value for key, value in raw.items() if key != "hash"}
         try:
             spec = cls.model_validate(content)

@@ -141,8 +141,8 @@ def _spread(z: Tensor, y: Tensor) -> Tensor:
     if z.dim() == 1:
         return z
     if z.shape[0] != y.shape[0]:
-        raise ValueError(
-            f"per-example gates need y batch first, but z has {z.shape[0]} rows and y {y.shape[0]}")
+        raise ValueError(f"per-example gates need y batch first, but z has {z.shape[0]} rows and "
+                         f"y {y.shape[0]}")
     return z.view(z.shape[0], *(1,) * (y.dim() - 2), z.shape[-1])
 
 

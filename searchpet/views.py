@@ -111,7 +111,7 @@ def ahead(plan: Mapping[str, Any]) -> Table:
                   f"cheapest {p['cheapest']:,}"],
         ["budget", f"{p['limit']:,} parameters, beside a head of {p['head']:,}"],
         ["time", f"about {duration(p['seconds'])}: search {duration(p['search_seconds'])}, "
-                 f"{p['trainings']} trainings of about {duration(p['train_seconds'])}"],
+                 f"{p['trainings']} × training {duration(p['train_seconds'])}"],
         ["memory", f"about {size(p['memory_bytes'])}"],
         ["disk", f"{size(p['disk_bytes'])} kept, at most {size(p['disk_peak_bytes'])} while it "
                  "runs"],

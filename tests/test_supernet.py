@@ -192,7 +192,7 @@ class Toy(nn.Module):
 class Pair(nn.Linear):
     """A linear whose output is a tuple, as many attentions' is."""
 
-    def forward(self, input: Tensor) -> Any:  # noqa: A002  nn.Linear's own name
+    def forward(self, input: Tensor) -> Any:
         return super().forward(input), "weights"
 
 

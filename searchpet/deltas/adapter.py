@@ -37,7 +37,8 @@ class Adapter(Delta):
         scaling: float = 1.0,
     ) -> None:
         super().__init__(width=bottleneck)
-        self.options: dict[str, Any] = {"bottleneck": bottleneck, "stage": stage, "scaling": scaling}
+        self.options: dict[str, Any] = {
+            "bottleneck": bottleneck, "stage": stage, "scaling": scaling}
         self.site, self.stage, self.scaling = site, stage, scaling
         d_from = site.d_in if stage == "parallel" else site.d_out
         self.D = nn.Parameter(torch.empty(bottleneck, d_from))

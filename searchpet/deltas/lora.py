@@ -36,7 +36,8 @@ class Lora(Delta):
         rank_stabilised: bool = False,
     ) -> None:
         super().__init__(width=rank)
-        self.options: dict[str, Any] = {"rank": rank, "alpha": alpha, "rank_stabilised": rank_stabilised}
+        self.options: dict[str, Any] = {
+            "rank": rank, "alpha": alpha, "rank_stabilised": rank_stabilised}
         self.site = site
         self.scaling = alpha / (math.sqrt(rank) if rank_stabilised else rank)
         self.A = nn.Parameter(torch.empty(rank, site.d_in))

@@ -63,3 +63,17 @@ class Ranking:
     score: Tensor
     keep: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def descend(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+    """One step of the deltas and the head on a batch, under the present gates; returns the loss.
+
+    Gates get no gradient.  A delta that no example of the batch reaches has gradient 0.
+    """
+    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = problem.loss(batch)
+    found = torch.autograd.grad(loss, weights, materialize_grads=True)
+    for weight, gradient in zip(weights, found, strict=True):
+        weight.grad = gradient
+    optimizer.step()
+    return loss.detach()

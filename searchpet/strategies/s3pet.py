@@ -22,7 +22,7 @@ from torch import Tensor
 
 from searchpet.budget import fill, shift
 from searchpet.gates import concrete, decided, entropy
-from searchpet.strategies import Problem, Ranking
+from searchpet.strategies import Problem, Ranking, descend
 
 
 def search(
@@ -50,7 +50,8 @@ def search(
     def at(batch: dict[str, Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the loss under freshly drawn gates."""
         net.z = gate()
-        return list(torch.autograd.grad(problem.loss(batch), wanted))
+        loss = problem.loss(batch)
+        return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
 
     loop = problem.loop(problem.steps, alpha=alpha, weights=weights, learn=learn, choose=choose)
     for step in loop:
@@ -67,10 +68,7 @@ def search(
         choose.step()
         with torch.no_grad():
             net.z = gate()
-        loss = problem.loss(train)
-        for w, g in zip(weights, torch.autograd.grad(loss, weights), strict=True):
-            w.grad = g
-        learn.step()
+        loss = descend(problem, learn, train)
         p = shift(alpha.detach(), price, problem.limit)
         loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
                     entropy=entropy(p))

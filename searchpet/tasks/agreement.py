@@ -6,12 +6,16 @@ each sentence instead of a preference within the pair, and held-out words instea
 
     S    -> Subj Pred "."
     Subj -> Det N [ Prep Det N | "that" V-past Det N | "that" Det N V-past ]      Det -> the | no
-    Pred -> V-present | V-past (this | these) Adj+ N | V-past Reflexive
-          | (has | have) "ever" V-past | V-past "any" N | "have" ("all" | "both") V-past
+    Pred -> V-present | (is | are | was | were) V-ing | (has | have) ["ever"] V-past
+          | V-past (this | these) Adj* N | V-past Reflexive | V-past "any" N
 
-The noun of the modifier is the attractor: its number, gender and determiner are drawn freely, so
-that neither the words nor the neighbours of the deciding word tell the label.  Nouns, verbs and
-adjectives of one split are in no other.
+The noun of the modifier is the attractor: its number, gender and determiner are drawn whatever
+those of the head are.  Nouns, verbs and adjectives of one split are in no other.
+
+Singulars are somewhat more frequent than plurals, and an initial `no` tells the label in one
+phenomenon of eight, so n-gram counts are right about 0.62 of the time.  That is on purpose, as
+training needs a slope to begin on: with all of it balanced, a few thousand trained parameters
+stayed at chance for hundreds of steps.
 """
 
 from __future__ import annotations
@@ -73,6 +77,7 @@ IRREGULAR = {
     "policewoman": "policewomen", "wife": "wives", "knife": "knives",
 }
 PREPOSITIONS = ("near", "behind", "beside")  # not `with`: many accept a plural verb after it
+PLURAL = 0.38  # share of plurals; at 0.5 no word tells anything by itself
 ANY_MODIFIER = "none none near that_s that_o"  # bare subjects twice: they show what agrees
 REFLEXIVES = {"male": "himself", "female": "herself"}
 
@@ -109,6 +114,10 @@ class Draw:
         """True or False, equally often."""
         return self.rng.random() < 0.5
 
+    def plural(self) -> bool:
+        """True in a PLURAL of the cases."""
+        return self.rng.random() < PLURAL
+
     def word(self, kind: str) -> str:
         """Any word of a class, in its base form."""
         return self.rng.choice(self.words[kind])
@@ -118,9 +127,9 @@ class Draw:
         modifier = self.rng.choice(modifiers.split())
         near = modifier == "near"
         return Subject(
-            "no" if self.coin() else "the", self.word(kind), self.coin(), modifier,
+            "no" if self.coin() else "the", self.word(kind), self.plural(), modifier,
             self.rng.choice(PREPOSITIONS) if near else past(self.word("treat")),
-            "no" if self.coin() and not near else "the", self.word(kind), self.coin(),
+            "no" if self.coin() and not near else "the", self.word(kind), self.plural(),
         )
 
 
@@ -174,7 +183,9 @@ def determiner(fewest: int, most: int) -> Callable[[Draw], Pair]:
     def draw(d: Draw) -> Pair:
         adjectives = d.rng.sample(d.words["adjective"], d.rng.randint(fewest, most))
         start, noun = f"{d.subject()} {past(d.word('handle'))}", d.word("thing")
-        good, bad, noun = ("these", "this", with_s(noun)) if d.coin() else ("this", "these", noun)
+        good, bad = "this", "these"
+        if d.plural():
+            good, bad, noun = bad, good, with_s(noun)
         end = " ".join([*adjectives, noun])
         return f"{start} {good} {end}", f"{start} {bad} {end}"
 
@@ -206,22 +217,12 @@ def _gendered(d: Draw) -> tuple[Subject, str, str]:
 
 
 def polarity(d: Draw) -> Pair:
-    """`ever` and `any` need `no` at the subject, not at the attractor."""
+    """`ever` and `any` need `no` at the subject; at the attractor it does not help."""
     good, bad = _licensed(d)
     if d.coin():
         end = f"{'have' if good.plural else 'has'} ever {past(d.word('act'))}"
     else:
         end = f"{past(d.word('handle'))} any {with_s(d.word('thing'))}"
-    return f"{good} {end}", f"{bad} {end}"
-
-
-def floating(d: Draw) -> Pair:
-    """A floating `all` or `both` needs a subject without `no`: the mirror of polarity.
-
-    As many pairs as of polarity, so that an initial `no` by itself tells nothing.
-    """
-    bad, good = (replace(subject, plural=True) for subject in _licensed(d))
-    end = f"have {'all' if d.coin() else 'both'} {past(d.word('act'))}"
     return f"{good} {end}", f"{bad} {end}"
 
 
@@ -236,14 +237,12 @@ def _licensed(d: Draw) -> tuple[Subject, Subject]:
 PHENOMENA: dict[str, Callable[[Draw], Pair]] = {
     "verb_adjacent": verb_agreement("none"),
     "verb_preposition": verb_agreement("near"),
-    "verb_subject_relative": verb_agreement("that_s"),
-    "verb_object_relative": verb_agreement("that_o"),
+    "verb_relative": verb_agreement("that_s that_o"),
     "determiner_adjacent": determiner(0, 0),
     "determiner_adjective": determiner(1, 2),
     "reflexive_number": reflexive_number,
     "reflexive_gender": reflexive_gender,
     "polarity": polarity,
-    "floating": floating,
 }
 
 

@@ -51,6 +51,9 @@ def problem(model: nn.Module, space: Space, limit: int, *, steps: int = 4, seed:
     def loop(steps: int, **state: Any) -> StageLoop:
         return StageLoop(folder, "search", steps, seed, generator, state=state, every=every)
 
+    training = model.training
+    model.eval()  # a probe without dropout
     found = rates(probe(net.grafts, lambda: loss(train[0])), tau, {"head": 5e-3})
+    model.train(training)
     return Problem(net=net, space=space, limit=limit, train=train, valid=valid, loss=loss,
                    rates=found, steps=steps, loop=loop, generator=generator)

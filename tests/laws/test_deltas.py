@@ -1,4 +1,4 @@
-"""Laws of every kind of delta, on every form of site that it fits: a new file is tested as well."""
+"""Laws of every kind of delta, on every form of site that it fits: a new file is tested too."""
 
 from __future__ import annotations
 

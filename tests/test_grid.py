@@ -1,0 +1,182 @@
+"""A tiny grid: every line there, the same after a kill, and settings that do not drift."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from searchpet.cli import main
+from searchpet.errors import InputError
+from searchpet.grid import run_grid
+from searchpet.gridfile import read_grid
+from searchpet.ledger import RESULT_KEY, Ledger, claim, write_table
+from searchpet.session import Session
+from searchpet.spec import Spec
+from tests.commands import cut_off, write_task
+
+GRID = """
+tasks = ["films"]
+budgets = ["1%", 40]
+seeds = [0, 1]
+taus = [0.1, 1]
+steps = 8
+batch_size = 16
+max_length = 16
+model = "{model}"
+methods = ["head", {{ name = "random:unit", structures = 2 }}, "default"]
+"""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the process that is killed: the numbers must be the same
+    yield
+    torch.set_num_threads(threads)
+
+
+def lines(folder: Path, name: str = "results.jsonl") -> list[dict[str, Any]]:
+    """Lines of a ledger without the times."""
+    rows = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.endswith("seconds")} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def home(_one_thread: None, tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Path:
+    """A folder with a task and a grid.toml."""
+    folder = tmp_path_factory.mktemp("grid")
+    write_task(folder / "films")
+    (folder / "grid.toml").write_text(GRID.format(model=tiny_folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(home: Path) -> Path:
+    """The grid, run without interruption."""
+    said: list[str] = []
+    run_grid(home / "grid.toml", data=str(home), out=home / "whole", say=said.append)
+    assert any("min left" in line for line in said)
+    return home / "whole"
+
+
+def test_every_training_has_a_line(whole: Path) -> None:
+    rows = lines(whole)
+    cells = [("head", 0.0, 1), *(
+        (name, budget, count) for budget in (0.01, 40 / 25408)
+        for name, count in (("random:unit", 2), ("default", 1)))]
+    expected = {("films", budget, name, s, seed) for name, budget, count in cells
+                for s in range(count) for seed in (0, 1)}
+    assert {tuple(row[k] for k in RESULT_KEY) for row in rows} == expected
+    assert len(rows) == len(expected)
+    assert {row["split"] for row in rows} == {"test"}
+    sweep = lines(whole, "sweep.jsonl")
+    assert {row["split"] for row in sweep} == {"validation"}
+    assert len(sweep) == 2 * len(cells)
+    for name, budget, _ in cells:
+        mine = [r for r in [*sweep, *rows] if (r["method"], r["budget"]) == (name, budget)]
+        tried = {r["tau"]: r["score"] for r in mine if r["split"] == "validation"}
+        (tau,) = {r["tau"] for r in mine if r["split"] == "test"}
+        assert tau == max(tried, key=lambda t: tried[t])
+    for row in rows:
+        assert row["trainable"] <= row["budget"] * 25408 + 1e-6
+
+
+def test_the_sweeps_own_training_counts_as_if_trained_again(
+    whole: Path, home: Path
+) -> None:
+    """Its tensors, loaded and tested after the choice, score what a training with test would."""
+    session = Session(read_grid(home / "grid.toml").settings("films", str(home)))
+    spec = Spec.load(whole / "work/films/1pc/default/structure-0")
+    (row,) = [r for r in lines(whole) if (r["method"], r["budget"], r["seed"]) == (
+        "default", 0.01, 0)]
+    outcome = session.fit(spec, None, 0, tau=row["tau"], test=True)
+    assert outcome.test is not None
+    assert outcome.test["accuracy"] == row["score"]
+
+
+def test_a_killed_grid_goes_on_to_the_same_lines(whole: Path, home: Path) -> None:
+    words = ["grid", "grid.toml", "--data", ".", "--out", "killed", "--quiet"]
+    # the head has 4 trainings of at most 8 steps; the 40th step is in a later cell
+    done = cut_off(words, "SIGKILL train 40", home)
+    assert done.returncode == -9, done.stderr
+    before = (home / "killed/results.jsonl").read_text()
+    assert before
+    (home / "killed/results.jsonl").write_text(before + '{"task": "films", "bud')  # torn
+    run_grid(home / "grid.toml", data=str(home), out=home / "killed", say=lambda line: None)
+    assert (home / "killed/results.jsonl").read_text().startswith(before)
+    assert lines(home / "killed") == lines(whole)
+    assert lines(home / "killed", "sweep.jsonl") == lines(whole, "sweep.jsonl")
+    assert not list((home / "killed").rglob("*.checkpoint.safetensors"))
+
+
+def test_a_finished_grid_trains_nothing(
+    whole: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("searchpet.session.Session.fit", None)
+    before = lines(whole)
+    run_grid(home / "grid.toml", data=str(home), out=whole, say=lambda line: None)
+    assert lines(whole) == before
+
+
+def test_the_table_has_mean_and_spread(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = write_table(whole)
+    assert (whole / "table.md").read_text() == text
+    scores = torch.tensor([r["score"] for r in lines(whole) if (r["method"], r["budget"]) == (
+        "random:unit", 0.01)])
+    assert f"| random:unit | {scores.mean():.4f} | {scores.std():.4f} | 4 |" in text
+    assert main(["grid", "grid.toml", "--table", "--out", str(whole)]) == 0
+    assert capsys.readouterr().out == text
+
+
+def test_a_grid_does_not_mix_settings(whole: Path, home: Path) -> None:
+    changed = home / "changed.toml"
+    changed.write_text((home / "grid.toml").read_text().replace("steps = 8", "steps = 9"))
+    with pytest.raises(InputError, match="steps was 8 in .* and is 9 now"):
+        run_grid(changed, data=str(home), out=whole)
+
+
+@pytest.mark.parametrize(("key", "value", "message"), [
+    ("methods", '["bilevle"]', "did you mean 'bilevel'"),
+    ("methods", '["uniform:x"]', "uniform:NAME must be one of bias"),
+    ("methods", '["head", "head"]', "must be distinct"),
+    ("methods", '[{ name = "a", strategy = "bilevel", set = { x = 1 } }]', "alpha_lr"),
+    ("methods", "[]", "at least 1 item"),
+    ("budgets", '["2"]\nbudget = 3', "Extra inputs are not permitted"),
+    ("budgets", '["x%"]', "budget must be a share"),
+    ("taus", "[0]", "--tau must be a finite number > 0"),
+    ("steps", "0", "--steps must be >= 1"),
+    ("seeds", "oops", "must be TOML"),
+])
+def test_a_wrong_grid_is_one_line(
+    home: Path, tmp_path: Path, key: str, value: str, message: str
+) -> None:
+    text = "".join(f"{key} = {value}\n" if line.startswith(f"{key} =") else f"{line}\n"
+                   for line in (home / "grid.toml").read_text().splitlines())
+    (tmp_path / "grid.toml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_grid(tmp_path / "grid.toml")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_ledger_survives_torn_lines_and_names_bad_ones(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.jsonl", ("name",))
+    ledger.add({"name": "x"})
+    with ledger.path.open("a") as file:
+        file.write('{"name": "y')
+    assert set(ledger.rows()) == {("x",)}
+    ledger.add({"name": "z"})
+    assert set(ledger.rows()) == {("x",), ("z",)}
+    ledger.path.write_text("oops\n")
+    with pytest.raises(InputError, match="one result per line"):
+        ledger.rows()
+
+
+def test_a_claim_has_one_holder(tmp_path: Path) -> None:
+    with claim(tmp_path) as mine, claim(tmp_path) as other:
+        assert mine and not other
+    with claim(tmp_path) as mine:
+        assert mine
