@@ -26,7 +26,8 @@ def probe(grafts: Grafts, loss: Callable[[], Tensor]) -> dict[str, float]:
     """Relative output change per unit of learning rate, by kind.
 
     loss() runs the backbone on a small batch, gates as they are.  Parameters are left as they
-    were; gradients of the deltas are not touched.
+    were; gradients of the deltas are not touched.  A kind that the batch does not reach counts as
+    1, as a scale does.
     """
     seen: dict[int, tuple[Tensor, ...]] = {}
 
@@ -51,7 +52,8 @@ def probe(grafts: Grafts, loss: Callable[[], Tensor]) -> dict[str, float]:
             ratio = _moved(graft.delta, seen[i], sign)
             if ratio > 0:
                 ratios[graft.kind].append(ratio)
-    return {kind: statistics.median(values) for kind, values in ratios.items()}
+    kinds = {graft.kind for graft in grafts.grafts}
+    return {kind: statistics.median(ratios[kind] or [1.0]) for kind in sorted(kinds)}
 
 
 def rates(probes: dict[str, float], tau: float, fixed: dict[str, float]) -> dict[str, float]:

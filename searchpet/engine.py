@@ -125,7 +125,7 @@ def train(
     _check_test(session, test)
     if found:
         check_backbone(session, found)
-        found.save(folder.path / "spec.json")
+        folder.write_text("spec.json", found.text())
     row = _trained(session, folder, found or str(reference), sweep=sweep, test=test)
     values = {
         **_values(session, found, row, test),
@@ -153,13 +153,14 @@ def _find_and_train(session: Session, folder: RunFolder, strategy: str, *, space
         spec, seconds = propose(session, folder, strategy=strategy, space=space, budget=budget,
                                 given=given, seed=structure_seed, count_head=count_head)
         folder.write_json("search.json", {"seconds": seconds})
-        spec.save(folder.path / "spec.json")
-        folder.drop("search.checkpoint.safetensors")
+        folder.write_text("spec.json", spec.text())
+    folder.drop("search.checkpoint.safetensors")
     row = _trained(session, folder, Spec.load(folder.path), test=test)
     return {**row, "search_seconds": folder.read_json("search.json")["seconds"]}
 
 
 def _reference(session: Session, folder: RunFolder, name: str, test: bool) -> dict[str, Any]:
+    session.job = name
     return _trained(session, folder, name, test=test)
 
 
@@ -172,7 +173,7 @@ def _trained(session: Session, folder: RunFolder, method: Spec | str, *, sweep: 
         tau = max(tried, key=lambda pair: pair[1])[0] if tried else None
         outcome = session.fit(method, folder, seed, tau=tau, test=test)
         folder.write_json("training.json", {**outcome_row(outcome), "sweep": tried})
-        folder.drop("train.checkpoint.safetensors")
+    folder.drop("train.checkpoint.safetensors")
     return dict(folder.read_json("training.json"))
 
 

@@ -174,7 +174,7 @@ def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[S
         spec, seconds = propose(session, folder, strategy=strategy, space=space,
                                 budget=cell.budget, given=cell.method.set, seed=seed)
         folder.write_json("search.json", {"seconds": seconds})
-        spec.save(folder.path / "spec.json")
+        folder.write_text("spec.json", spec.text())
     folder.drop("search.checkpoint.safetensors")
     return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
 

@@ -76,10 +76,10 @@ def _fold(module: nn.Module, site: Site, affine: Affine) -> None:
         matrix = weight.T if hasattr(module, "nf") else weight
         old = matrix[rows]
         new = old if affine.g is None else old * (1 + affine.g).unsqueeze(-1)
-        matrix[rows] = new if affine.M is None else new + affine.M
+        matrix[rows] = (new if affine.M is None else new + affine.M).to(matrix.dtype)
     if bias is not None:
         new = bias[rows] if affine.g is None else bias[rows] * (1 + affine.g)
-        bias[rows] = new if affine.c is None else new + affine.c
+        bias[rows] = (new if affine.c is None else new + affine.c).to(bias.dtype)
 
 
 def _stores_less_one(norm: nn.Module, size: int) -> bool:

@@ -98,7 +98,9 @@ class RunFolder:
         return folder
 
     def write_json(self, name: str, content: Any) -> None:
-        text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+        self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
+
+    def write_text(self, name: str, text: str) -> None:
         self._replace(name, lambda partial: partial.write_text(text, encoding="utf-8"))
 
     def read_json(self, name: str) -> Any:
@@ -230,7 +232,7 @@ class StageLoop:
 
 
 def _system_code(error: BaseException) -> int | None:
-    """What the operating system refused, also where safetensors wraps it; None for other errors."""
+    """What the system refused, also where safetensors wraps it; None for other errors."""
     if isinstance(error, SafetensorError):
         match = re.search(r"os error (\d+)", str(error))
         return int(match[1]) if match else None

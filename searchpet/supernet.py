@@ -19,6 +19,8 @@ from searchpet.deltas import Delta
 from searchpet.site import Site
 from searchpet.space import Space, make
 
+HALF = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Graft:
@@ -122,6 +124,8 @@ class _Act:
         """total + delta_i; in place where `total` is a sum made here, which nothing else holds."""
         index = self.index.get(i)
         part = y if index is None else y.index_select(-1, index.to(y.device))
+        if y.dtype in HALF and not torch.is_autocast_enabled(y.device.type):
+            x, part = x if x is None else x.float(), part.float()  # deltas are fp32
         delta = self.owner.deltas[i](x, part, _spread(self.owner.z[i], y)).to(y.dtype)
         if index is not None:
             return total.index_add(-1, index.to(y.device), delta.expand_as(part))

@@ -138,9 +138,10 @@ def test_json_is_the_result_and_nothing_else(done: Path, say: Any) -> None:
 
 
 def test_progress_names_the_control(home: Path, say: Any) -> None:
-    said = say("search", *JOB, "--steps", "2", "--out", "progress")
+    said = say("search", *JOB, "--steps", "2", "--full", "--out", "progress")
     assert [line.split(" 2/2")[0] for line in said.err.splitlines()] == [
-        f"{STRATEGY} search", f"{STRATEGY} train", "random train", "random:unit train"]
+        f"{STRATEGY} search", f"{STRATEGY} train", "random train", "random:unit train",
+        "full train"]
 
 
 def test_a_folder_is_not_overwritten(done: Path, say: Any) -> None:
@@ -397,3 +398,13 @@ def test_a_cut_off_run_continues_to_the_same_end(home: Path, say: Any) -> None:
     results = [json.loads(Path(run, "result.json").read_text()) for run in ("cut", "whole")]
     assert len({json.dumps({**r, "seconds": None}) for r in results}) == 1
     assert not list(Path("cut").rglob("*.checkpoint.safetensors"))
+
+
+def test_a_full_disk_is_named(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")  # a write's own error names no file
+
+    monkeypatch.setattr(Path, "write_text", full)
+    said = say("search", *JOB, "--out", "full-disk", "--quiet")
+    wrong(said, "No space left on device: full-disk/settings.json; free some disk space")
+    assert list(Path("full-disk").iterdir()) == []

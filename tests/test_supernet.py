@@ -239,3 +239,20 @@ def test_a_virtual_site_changes_its_slice_only(index: tuple[tuple[int, int], ...
     expected = plain.detach().clone()
     expected[..., rows] += change
     torch.testing.assert_close(toy(h), expected)
+
+
+@every_family
+def test_a_half_precision_backbone_takes_fp32_deltas(family: str) -> None:
+    model, batch = tiny.model(family), tiny.inputs(family)
+    net = tiny.supernet(model, tiny.space(model, *tiny.every_kind()), trained=True)
+    exact = tiny.logits(model, batch)
+    model.to(torch.bfloat16)
+    net.grafts.deltas.to(torch.float32)
+    halved = {k: v.bfloat16() if v.is_floating_point() else v for k, v in batch.items()}
+    logits = tiny.logits(model, halved)
+    assert logits.dtype == torch.bfloat16
+    # bf16 keeps 8 bits, through two layers; without the deltas the logits are far off
+    alike = (logits.float() - exact).norm() / exact.norm()
+    net.z = torch.zeros(len(net.space))
+    bare = (tiny.logits(model, halved).float() - exact).norm() / exact.norm()
+    assert alike < bare / 2 and alike < 0.3
