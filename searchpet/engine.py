@@ -72,23 +72,17 @@ def search(
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
-    def one(name: str, sub: RunFolder, seed: int, **more: Any) -> dict[str, Any]:
-        return _find_and_train(session, sub, name, budget=budget, structure_seed=seed, test=test,
-                               count_head=count_head, **more)
-
-    main = one(strategy, folder, chosen.seed, space=space, given=set or {})
-    rows = [
-        {**one(name, folder.sub(f"controls/{name.replace(':', '-')}-{i}"), chosen.seed + i,
-               space=space, given={}), "name": name}
-        for i in range(controls) for name in CONTROLS
-    ]
-    reference = _reference(session, folder.sub("controls/full"), "full", test) if full else None
+    how: dict[str, Any] = {
+        "space": space, "budget": budget, "test": test, "count_head": count_head}
+    main = _find_and_train(session, folder, strategy, given=set or {}, seed=chosen.seed, **how)
+    rows = [_control(session, folder, name, i, how) for i in range(controls) for name in CONTROLS]
+    session.job = "full"
+    reference = _trained(session, folder.sub("controls/full"), "full", test=test) if full else {}
     spec = Spec.load(folder.path)
     values = {
         **_values(session, spec, main, test), "strategy": strategy,
-        "space": spec.provenance["space"],
-        "controls": [{k: row[k] for k in ("name", "score", "trainable")} for row in rows],
-        "full_finetune": reference["score"] if reference else None,
+        "space": spec.provenance["space"], "controls": rows,
+        "full_finetune": reference.get("score"),
     }
     folder.write_json("result.json", values)
     return Result(folder.path, spec, values)
@@ -144,24 +138,28 @@ def check_backbone(session: Session, spec: Spec) -> None:
                          "architecture; search on that model instead")
 
 
+def _control(session: Session, folder: RunFolder, name: str, number: int,
+             how: Mapping[str, Any]) -> dict[str, Any]:
+    """A random structure of the same budget, trained with the same seed as the one found."""
+    sub = folder.sub(f"controls/{name.replace(':', '-')}-{number}")
+    seed = session.settings.seed + number
+    row = _find_and_train(session, sub, name, given={}, seed=seed, **how)
+    return {"name": name, "score": row["score"], "trainable": row["trainable"]}
+
+
 def _find_and_train(session: Session, folder: RunFolder, strategy: str, *, space: str | None,
-                    budget: str, given: Mapping[str, Any], structure_seed: int, test: bool,
+                    budget: str, given: Mapping[str, Any], seed: int, test: bool,
                     count_head: bool) -> dict[str, Any]:
     """Spec and training of one strategy in its folder; what is there already is kept."""
     session.job = strategy
     if not folder.has("spec.json"):
         spec, seconds = propose(session, folder, strategy=strategy, space=space, budget=budget,
-                                given=given, seed=structure_seed, count_head=count_head)
+                                given=given, seed=seed, count_head=count_head)
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
     folder.drop("search.checkpoint.safetensors")
     row = _trained(session, folder, Spec.load(folder.path), test=test)
     return {**row, "search_seconds": folder.read_json("search.json")["seconds"]}
-
-
-def _reference(session: Session, folder: RunFolder, name: str, test: bool) -> dict[str, Any]:
-    session.job = name
-    return _trained(session, folder, name, test=test)
 
 
 def _trained(session: Session, folder: RunFolder, method: Spec | str, *, sweep: bool = False,

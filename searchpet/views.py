@@ -58,7 +58,8 @@ def outcome(values: Mapping[str, Any]) -> Iterable[Any]:
         rows.append(["full fine-tuning", full, backbone, "100%"])
     budget = values["budget_limit"]
     room = f"budget {budget:,} of" if budget is not None else "a backbone of"
-    yield f"{values['task']}: {room} {backbone:,} parameters, beside a head of {values['head']:,}\n"
+    head = f"beside a head of {values['head']:,}"
+    yield f"{values['task']}: {room} {backbone:,} parameters, {head}\n"
     yield table("structure", f"{values['metric']} on {values['split']}", "trainable", "share",
                 rows=rows)
 
@@ -201,7 +202,8 @@ def picture(spec: Spec) -> str:
         shades = " ".join(_shade(cells[name, layer], most) * 2 for layer in layers)
         total = sum(cells[name, layer] for layer in layers)
         lines.append(f"{name:<{wide}} {shades}  {total:,}")
-    return "\n".join([*lines, f"columns are layers, e the embeddings; {SHADES[-1]} is {most:,} coordinates"])
+    legend = f"columns are layers, e the embeddings; {SHADES[-1]} is {most:,} coordinates"
+    return "\n".join([*lines, legend])
 
 
 def _row(entry: Entry) -> str:
