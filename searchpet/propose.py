@@ -26,6 +26,7 @@ from searchpet.strategies import Problem, Ranking
 from searchpet.supernet import Supernet
 from searchpet.train import loss_of
 
+SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
 STRATEGY = "bilevel"
 SPACE = "nano"
 
@@ -146,7 +147,7 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, space: S
     return Problem(
         net=net, space=space, limit=limit, train=session.batches(first, seed),
         valid=session.batches(second, seed + 1), loss=loss_of(model, precision),
-        rates=session.rates(probes, session.settings.tau), steps=session.settings.steps,
+        rates=session.rates(probes, SEARCH * session.settings.tau), steps=session.settings.steps,
         loop=loop, generator=generator)
 
 
