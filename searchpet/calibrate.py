@@ -29,20 +29,16 @@ def probe(grafts: Grafts, loss: Callable[[], Tensor]) -> dict[str, float]:
     were; gradients of the deltas are not touched.  A kind that the batch does not reach counts as
     1, as a scale does.
     """
-    seen: dict[int, tuple[Tensor, ...]] = {}
+    seen: dict[int, tuple[Any, Tensor, Tensor]] = {}
 
-    def remember(number: int) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
-            seen[number] = tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
+    def remember(i: int, x: Tensor | None, y: Tensor) -> None:
+        seen[i] = (x if x is None else x.detach(), y.detach(), grafts.z[i])
 
-        return hook
-
-    handles = [d.register_forward_hook(remember(i)) for i, d in enumerate(grafts.deltas)]
+    grafts.watch = remember
     try:
         value = loss()
     finally:
-        for handle in handles:
-            handle.remove()
+        grafts.watch = None
     parameters = list(grafts.deltas.parameters())
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     sign = {id(p): g.sign() for p, g in zip(parameters, gradients, strict=True) if g is not None}
@@ -62,7 +58,8 @@ def rates(probes: dict[str, float], tau: float, fixed: dict[str, float]) -> dict
 
 
 @torch.no_grad()
-def _moved(delta: torch.nn.Module, args: tuple[Tensor, ...], sign: dict[int, Tensor]) -> float:
+def _moved(delta: torch.nn.Module, args: tuple[Any, Tensor, Tensor],
+           sign: dict[int, Tensor]) -> float:
     """|delta(theta - STEP sign(g)) - delta(theta)| / |y| / STEP on the channels it reaches."""
     y = args[1].float()
     before = delta(*args).float().expand_as(y)

@@ -25,7 +25,7 @@ from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.spec import Spec
 from searchpet.supernet import Grafts
 from searchpet.task import Task, load_task
-from searchpet.train import Fit, Recipe, evaluate, fit, loss_of
+from searchpet.train import Recipe, evaluate, fit, loss_of
 
 TAU = 0.1  # relative output change per step; best of 0.03, 0.1, 0.3 on TREC-6 at 0.01 %
 HEAD_LR = 5e-3  # of the freshly initialised output layer, whatever the method
@@ -264,8 +264,6 @@ class Session:
 
 
 def asked(settings: Settings, **more: Any) -> dict[str, Any]:
-    """The settings as plain values for settings.json."""
-    return {**asdict(settings), **more}
-
-
-__all__ = ["Fit", "Outcome", "Session", "Settings", "asked", "pick_device", "replace"]
+    """The settings as plain values for settings.json; `data` only if the task lies in it."""
+    inside = settings.data and (Path(settings.data) / settings.task).is_dir()
+    return {**asdict(settings), "data": settings.data if inside else None, **more}

@@ -47,6 +47,7 @@ class Grafts(nn.Module):
         weight = next(model.parameters())
         self.deltas.to(weight.device)
         self.z: list[Tensor] = [torch.ones(g.delta.width, device=weight.device) for g in grafts]
+        self.watch: Callable[[int, Tensor | None, Tensor], None] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._handles: list[Any] = []
         self._attach(model)
@@ -72,6 +73,11 @@ class Grafts(nn.Module):
         self.z = [fn(z) for z in self.z]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def see(self, i: int, x: Tensor | None, y: Tensor) -> None:
+        """What delta i is given in this pass; `watch`, if set, is told."""
+        if self.watch is not None:
+            self.watch(i, x, y)
 
     def detach(self) -> None:
         """Remove all hooks; the backbone is as it was."""
@@ -100,7 +106,10 @@ class _Act:
     def __init__(self, owner: Grafts, members: Iterable[int]) -> None:
         self.owner = owner
         grafts = owner.grafts
-        self.parallel = [i for i in members if grafts[i].delta.stage == "parallel"]
+        parallel = [i for i in members if grafts[i].delta.stage == "parallel"]
+        self.pointwise = [i for i in parallel
+                          if grafts[i].delta.pointwise and not grafts[i].site.index]
+        self.parallel = [i for i in parallel if i not in self.pointwise]
         self.sequential = [i for i in members if grafts[i].delta.stage == "sequential"]
         self.index = {
             i: torch.cat([torch.arange(a, b) for a, b in grafts[i].site.index or ()])
@@ -110,7 +119,7 @@ class _Act:
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         y = output[0] if isinstance(output, tuple) else output
         x = _first(args, kwargs) if self.parallel else None
-        changed = y
+        changed = self._pointwise(y)
         for i in self.parallel:
             source = self.owner.grafts[i].site.source
             seen = self.owner._inputs[source] if source else x
@@ -120,16 +129,38 @@ class _Act:
             changed = self._add(i, changed, None, settled, fresh=changed is not settled)
         return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
+    def _pointwise(self, y: Tensor) -> Tensor:
+        """(1 + sum g) * y + sum c in one pass, over the deltas that are no more than that."""
+        g: Tensor | None = None
+        c: Tensor | None = None
+        for i in self.pointwise:
+            self.owner.see(i, None, y)
+            part = self.owner.grafts[i].delta.affine(_spread(self.owner.z[i], y))
+            assert part is not None  # what `pointwise` promises
+            g, c = _plus(g, part.g), _plus(c, part.c)
+        wide = y.float() if y.dtype in HALF else y  # 1 + g in half precision would lose g
+        if g is not None:
+            wide = wide * (1 + g) if c is None else torch.addcmul(c, wide, 1 + g)
+        elif c is not None:
+            wide = wide + c
+        return y if wide is y else wide.to(y.dtype)
+
     def _add(self, i: int, total: Tensor, x: Tensor | None, y: Tensor, fresh: bool) -> Tensor:
         """total + delta_i; in place where `total` is a sum made here, which nothing else holds."""
         index = self.index.get(i)
         part = y if index is None else y.index_select(-1, index.to(y.device))
         if y.dtype in HALF and not torch.is_autocast_enabled(y.device.type):
             x, part = x if x is None else x.float(), part.float()  # deltas are fp32
+        self.owner.see(i, x, part)
         delta = self.owner.deltas[i](x, part, _spread(self.owner.z[i], y)).to(y.dtype)
         if index is not None:
             return total.index_add(-1, index.to(y.device), delta.expand_as(part))
         return total.add_(delta) if fresh else total + delta
+
+
+def _plus(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """a + b, where None is zero."""
+    return a if b is None else b if a is None else a + b
 
 
 def _first(args: Any, kwargs: Any) -> Tensor:

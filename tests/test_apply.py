@@ -85,7 +85,7 @@ def test_deltas_that_share_a_module_act_at_every_use() -> None:
         nonlocal calls
         calls += 1
 
-    graft.delta.register_forward_hook(count)
+    model.searchpet.watch = count
     assert not torch.allclose(tiny.logits(model, batch), before)
     assert calls == 2  # layers
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from typing import Any
 
 import pytest
 import torch
@@ -28,22 +27,25 @@ def loss_of(net: Supernet) -> Tensor:
     return net.model(**Draws(0)[0]).loss
 
 
-def residuals(net: Supernet) -> dict[int, tuple[Tensor, Tensor]]:
-    """Each delta's output and its site's, on the probe's batch."""
-    seen: dict[int, tuple[Tensor, Tensor]] = {}
+def given(net: Supernet) -> dict[int, tuple[Tensor | None, Tensor]]:
+    """Each delta's x and y on the probe's batch."""
+    seen: dict[int, tuple[Tensor | None, Tensor]] = {}
 
-    def hook(number: int) -> Any:
-        def remember(_: object, args: tuple[Tensor, ...], out: Tensor) -> None:
-            seen[number] = out.detach().expand_as(args[1]).clone(), args[1].detach().clone()
+    def remember(i: int, x: Tensor | None, y: Tensor) -> None:
+        seen[i] = (x if x is None else x.clone(), y.clone())
 
-        return remember
-
-    handles = [d.register_forward_hook(hook(i)) for i, d in enumerate(net.grafts.deltas)]
+    net.grafts.watch = remember
     with torch.no_grad():
         loss_of(net)
-    for handle in handles:
-        handle.remove()
+    net.grafts.watch = None
     return seen
+
+
+@torch.no_grad()
+def outputs(net: Supernet, sites: dict[int, tuple[Tensor | None, Tensor]]) -> list[Tensor]:
+    """What each delta adds, gates open, at the x and y of `sites`."""
+    return [delta(*sites[i], torch.ones(delta.width)).expand_as(sites[i][1])
+            for i, delta in enumerate(net.grafts.deltas)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -56,42 +58,26 @@ def test_the_probe_leaves_parameters_gradients_and_hooks_as_they_were(kind: str)
     assert found.keys() == {kind} and found[kind] > 0
     for p, old in zip(net.grafts.deltas.parameters(), before, strict=True):
         assert torch.equal(p, old) and p.grad is None
-    assert tiny.hooks(net.model) + tiny.hooks(net.grafts) == hooks
+    assert tiny.hooks(net.model) + tiny.hooks(net.grafts) == hooks and net.grafts.watch is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_adam_step_changes_a_sites_output_by_tau(kind: str) -> None:
     net = net_of(kind)
     lr = rates(probe(net.grafts, lambda: loss_of(net)), TAU, {})[kind]
-    sites = residuals(net)
+    sites = given(net)
+    assert not any(out.any() for out in outputs(net, sites))  # silent at init
     optimizer = torch.optim.Adam(net.grafts.deltas.parameters(), lr=lr, eps=1e-30)
     loss_of(net).backward()
     optimizer.step()
     ratios = []
-    for i, delta in enumerate(net.grafts.deltas):
-        residual, y = sites[i]
-        assert not residual.any()  # silent at init
-        # the site's own change: at the input that it had before the step
-        x = None if delta.stage == "sequential" else inputs_of(net, i)
-        with torch.no_grad():
-            change = delta(x, y, torch.ones(delta.width)).expand_as(y)
+    # the sites' own changes: at the inputs that they had before the step
+    for i, change in enumerate(outputs(net, sites)):
+        y = sites[i][1]
         reached = change.flatten(0, -2).abs().amax(0) > 0
         if reached.any():
             ratios.append(float(change.norm() / y[..., reached].norm()))
     assert statistics.median(ratios) == pytest.approx(TAU, rel=0.1)
-
-
-def inputs_of(net: Supernet, number: int) -> Tensor:
-    """x of a parallel delta, taken with all deltas silent."""
-    seen: list[Tensor] = []
-    net.z = torch.zeros(len(net.space))
-    handle = net.grafts.deltas[number].register_forward_hook(
-        lambda _, args, __: seen.append(args[0].detach()))
-    with torch.no_grad():
-        loss_of(net)
-    handle.remove()
-    net.z = torch.ones(len(net.space))
-    return seen[0]
 
 
 def test_kinds_differ_at_one_rate_and_agree_at_their_own() -> None:

@@ -74,6 +74,7 @@ def done(home: Path) -> Path:
     """A finished run: `searchpet search` with controls, full fine-tuning, and test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
+        patch.delenv("SEARCHPET_DATA", raising=False)
         patch.setattr(sys, "argv", ["searchpet", "search", *JOB, "--full", "--test"])
         assert cli.main(["search", *JOB, "--full", "--test", "--out", "done", "--quiet"]) == 0
     return home / "done"

@@ -36,12 +36,15 @@ class Delta(nn.Module, abc.ABC):
     stage:   `parallel` deltas see the site's x and y; `sequential` ones see the y that the
              parallel ones have changed.
     neutral: the gate value at which the delta is silent.
+    pointwise: True where the delta is g * y + c, so that several of them at a site cost one pass
+             over y; `affine` then gives g and c, for gates of any rank.
     atoms:   True where coordinates are atoms of a factorisation, False where they are channels.
     """
 
     stage: Stage = "parallel"
     neutral: ClassVar[float] = 0.0
     atoms: ClassVar[bool] = False
+    pointwise: ClassVar[bool] = False
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -16,6 +16,8 @@ from searchpet.site import Site
 class Scale(Delta):
     """One factor per output channel; a coordinate is a channel, its cost one parameter."""
 
+    pointwise = True
+
     @classmethod
     def fits(cls, site: Site) -> bool:
         return site.form in ("linear", "norm")
