@@ -227,6 +227,8 @@ def main() -> None:
                 step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
         return
+    # first, while this process is small: a child starts with the peak of its parent
+    peaks = {name: round(peak(name), 1) for name in CONTENDERS}
     seconds = interleaved(args.rounds)
     base = seconds["peft_lora"]
     result = {
@@ -237,7 +239,9 @@ def main() -> None:
             name: row([a / b for a, b in zip(values, base, strict=True)])
             for name, values in seconds.items()},
         "seconds_median_q1_q3": {name: row(values, 4) for name, values in seconds.items()},
-        "peak_mb": {name: round(peak(name), 1) for name in CONTENDERS},
+        "peak_mb": peaks,
+        "peak_ratio_to_peft_lora": {
+            name: round(value / peaks["peft_lora"], 3) for name, value in peaks.items()},
         "million_units_seconds_median_q1_q3": {n: row(v, 4) for n, v in million().items()},
     }
     args.out.mkdir(parents=True, exist_ok=True)
