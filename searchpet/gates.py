@@ -18,11 +18,6 @@ def concrete(p: Tensor, temperature: float, generator: torch.Generator, rows: in
     return torch.sigmoid((noise + torch.logit(p, eps=1e-12)) / temperature).float()
 
 
-def hard(z: Tensor) -> Tensor:
-    """Straight-through: the value of z > 1/2, the gradient of z."""
-    return (z > 0.5).to(z.dtype) + z - z.detach()
-
-
 def decided(p: Tensor, price: Tensor) -> Tensor:
     """Parameters of the units whose gate is more open than not: the structure so far."""
     return price[p.detach() > 0.5].sum()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from searchpet.gates import concrete, entropy, hard
+from searchpet.gates import concrete, decided, entropy
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -72,12 +72,11 @@ def test_the_generator_is_the_only_randomness() -> None:
     assert not torch.equal(first, concrete(p, 1.0, seeded(6)))
 
 
-def test_hard_gates_have_the_gradient_of_soft_ones() -> None:
-    z = torch.tensor([0.2, 0.5, 0.7], requires_grad=True)
-    out = hard(z)
-    torch.testing.assert_close(out, torch.tensor([0.0, 0.0, 1.0]))
-    out.sum().backward()
-    torch.testing.assert_close(z.grad, torch.ones(3))
+def test_decided_is_the_price_of_the_gates_more_open_than_not() -> None:
+    p = torch.tensor([0.2, 0.5, 0.7, 1.0], requires_grad=True)
+    price = torch.tensor([1.0, 10.0, 100.0, 1000.0])
+    assert float(decided(p, price)) == 1100.0
+    assert not decided(p, price).requires_grad
 
 
 def test_entropy_is_in_bits_between_decided_and_undecided() -> None:
