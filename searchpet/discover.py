@@ -23,6 +23,7 @@ Sites, with the roles of `roles`:
   output linear, as a rule; the norm on it where that norm is inside the residual branch (Gemma 2,
   OLMo 2), which the source of the block's forward tells; the whole module where experts share the
   work.  Dropout and layer scale that follow are counted to the residual addition.
+- layer: a whole block, role `layer`; none where a block is no single module (XLM).
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def discover(model: nn.Module) -> tuple[Site, ...]:
             f"{type(model).__name__} has none; take a transformer, say one from AutoModel"
         )
     sites += [site for block in blocks for site in _norms(block)]
+    sites += [site for block in blocks for site in _layers(block)]
     sites += _outer_norms(modules, stacks)
     place = {path: i for i, path in enumerate(modules)}
     sites.sort(key=lambda s: (_PARTS.index(s.part), s.layer, place[s.path], s.form == "block"))
@@ -141,6 +143,13 @@ def _part(modules: dict[str, nn.Module], path: str, config: object) -> str:
     masks = (b for n, b in owner.named_buffers() if n.endswith(".bias") and b.ndim == 4)
     causal = generates or takes & _CACHES or next(masks, None) is not None
     return "decoder" if causal else "encoder"
+
+
+def _layers(block: Block) -> Iterator[Site]:
+    root = block.members[0]
+    width = next((site.d_out for site in linear_sites(block) if site.form == "block"), None)
+    if not root.name and width:
+        yield block.site(root.path, "layer", "layer", width, width)
 
 
 # --- norms --------------------------------------------------------------------------------------

@@ -166,20 +166,32 @@ def _attention(block: Block, scope: str) -> Iterator[Site]:
     output, query = named.get("output"), named.get("query")
     d_q = output.d_in if output else query.d_out if query else None  # as many as it mixes
     heads = _heads(block, scope, d_q)
+    sites: list[Site] = []
     for linear, kind in kinds.items():
         layout = None
         if kind == "fused":
             layout, kind = _fused(block, linear, d_q, heads, query is not None), "other"
         elif kind == "query" and heads and linear.d_out == 2 * (d_q or 0):
             layout = gated_query_layout(linear.d_out, heads)
-        yield from _linear_sites(block, linear, f"{prefix}.{kind}", layout, heads)
+        sites.extend(_linear_sites(block, linear, f"{prefix}.{kind}", layout, heads))
+    d_k = next((site.d_out for site in sites if site.role == f"{prefix}.key"), None)
+    kv_heads = _kv_heads(heads, d_q, d_k)
+    yield from (replace(site, kv_heads=kv_heads) for site in sites)
     source = query or named.get("fused")
     if output and source:
         if source.d_in != output.d_out:  # queries from a latent: what makes the latent sees x
             source = next((x for x in kinds if x.d_in == output.d_out), source)
         path = _after(block, scope, output.path)
         site = block.site(path, f"{prefix}.block", "block", source.d_in, output.d_out, heads)
-        yield replace(site, source=source.path)
+        yield replace(site, source=source.path, kv_heads=kv_heads)
+
+
+def _kv_heads(heads: int | None, d_q: int | None, d_k: int | None) -> int | None:
+    """Heads of d_k features of keys, where queries have `heads` of d_q; `heads` if unsure."""
+    if not heads or not d_q or not d_k or d_q % heads or d_k % (d_q // heads):
+        return heads
+    count = d_k // (d_q // heads)
+    return count if count <= heads and heads % count == 0 else heads
 
 
 def _projections(block: Block, scope: str) -> dict[Linear, str]:
