@@ -16,13 +16,15 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from searchpet.backbone import config_hash, load_backbone
-from searchpet.deltas import Delta
 from searchpet.discover import discover
 from searchpet.errors import InputError
+from searchpet.grafts import Graft, Grafts
+from searchpet.realise import cut, mask_grafts, pet_grafts, renamer, structure
+from searchpet.removal import removable
+from searchpet.removal import remove as cut_out
 from searchpet.run import RunFolder
-from searchpet.site import Site
-from searchpet.spec import Entry, Spec, first_problem
-from searchpet.supernet import Graft, Grafts, freeze, seeded
+from searchpet.spec import Spec, first_problem
+from searchpet.supernet import freeze
 
 DELTA_FILE = "delta.safetensors"
 
@@ -44,25 +46,40 @@ class Trained(BaseModel):
         return len(self.labels) or 1
 
 
-def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None,
-          seed: int = 0) -> nn.Module:
+def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, seed: int = 0,
+          remove: bool | None = False) -> nn.Module:
     """Graft a spec's deltas, silent and trainable, into a transformers model; return the model.
 
     Everything else is frozen but the head: the parameters named in `head`, by default those
     outside the model's base model.  seed: of the deltas' random factors.
+    remove: what the spec prunes is masked by hooks (False), really taken out (True), or taken out
+    where the family is proven (None); both compute the same.
     Raises InputError when the spec was made for another architecture, names a site or a
-    coordinate that is not there, or costs another number of parameters than it says.
+    coordinate that is not there, costs another number of parameters than it says, or when what
+    it prunes cannot be taken out.
     """
     if hasattr(model, "searchpet"):
         raise InputError("a model takes one spec at a time, but this one has deltas already; "
                          "load it again, or merge them first")
     _same_architecture(model, spec)
-    sites = {(site.path, site.role): site for site in discover(model)}
-    grafts = [Graft(site, entry.kind, delta) for entry in spec.entries
-              for site, delta in [_delta(entry, sites, seed)]]
-    count = sum(p.numel() for graft in grafts for p in graft.delta.parameters())
     head = outside_base(model) if head is None else head
-    counted = count
+    plan = structure(spec, discover(model))
+    if remove is None:
+        remove = plan.prunes and removable(model, cut(plan)) is None
+    grafts = pet_grafts(plan, seed)
+    _count(model, spec, grafts, head)  # before anything is changed
+    if remove and plan.prunes:
+        grafts = pet_grafts(plan, seed, renamer(cut_out(model, cut(plan))))
+    else:
+        grafts += mask_grafts(plan)
+    freeze(model, head)
+    model.searchpet = Grafts(model, grafts)
+    return model
+
+
+def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str]) -> None:
+    """Raise InputError unless the deltas cost what the spec says."""
+    counted = sum(p.numel() for graft in pet for p in graft.delta.parameters())
     if spec.budget.counts == "deltas and head":
         counted += sum(p.numel() for n, p in model.named_parameters() if n in head)
     elif counted != spec.budget.used:
@@ -71,21 +88,22 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None,
     if counted > spec.budget.limit:
         raise InputError(f"a spec must stay within its budget of {spec.budget.limit:,} "
                          f"parameters, but its deltas have {counted:,}")
-    freeze(model, head)
-    model.searchpet = Grafts(model, grafts)
-    return model
 
 
-def load(run: str | Path, *, device: str = "cpu") -> nn.Module:
+def load(run: str | Path, *, device: str = "cpu", remove: bool | None = None) -> nn.Module:
     """The trained model of a run folder: the transformers class, in evaluation mode.
+
+    remove: as in `apply`; by default what the spec prunes is really gone where the family is
+    proven, else masked.
 
     The backbone comes from where its name says (hub, demo extra); for one that was a local
     folder give that folder to `restore`.  Raises InputError for a damaged or foreign file.
     """
-    return restore(run).to(device)
+    return restore(run, remove=remove).to(device)
 
 
-def restore(run: str | Path, model: str | None = None) -> nn.Module:
+def restore(run: str | Path, model: str | None = None, *, remove: bool | None = None,
+            ) -> nn.Module:
     """`load` with another place to take the backbone from (a local folder)."""
     folder = RunFolder(run)
     spec = Spec.load(folder.path)
@@ -101,7 +119,7 @@ def restore(run: str | Path, model: str | None = None) -> nn.Module:
         raise InputError(
             f"the backbone must be {spec.backbone.name} at {spec.backbone.revision}, but the one "
             f"found is at {backbone.identity.revision}: other weights give other predictions")
-    applied = apply(backbone.model, spec, head=backbone.head)
+    applied = apply(backbone.model, spec, head=backbone.head, remove=remove)
     name_labels(applied, trained.labels)
     write_tensors(applied, backbone.head, tensors, folder.path / DELTA_FILE)
     return applied.eval()
@@ -186,19 +204,3 @@ def _same_architecture(model: nn.Module, spec: Spec) -> None:
             f"a spec must be applied to the architecture it was made for, {spec.backbone.name} "
             f"(config {spec.backbone.config_hash[:12]}…), but this model's config is "
             f"{config_hash(config)[:12]}…; search again on this model")
-
-
-def _delta(entry: Entry, sites: Mapping[tuple[str, str], Site], seed: int) -> tuple[Site, Delta]:
-    site = sites.get((entry.path, entry.role))
-    if site is None:
-        raise InputError(f"a spec must name sites of the model, but it has no {entry.role} at "
-                         f"{entry.path}; see `searchpet sites`")
-    delta = seeded(site, entry.kind, dict(entry.options), seed)
-    if entry.kept[-1] >= delta.width:
-        raise InputError(f"{entry.key}: kept coordinates must be below {delta.width}, but got "
-                         f"{entry.kept[-1]}")
-    if len(entry.kept) == delta.width:
-        return site, delta
-    keep = torch.zeros(delta.width, dtype=torch.bool)
-    keep[torch.tensor(entry.kept)] = True
-    return site, delta.thin(keep)

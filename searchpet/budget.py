@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -145,6 +146,75 @@ def shift(alpha: Tensor, price: Tensor, limit: float, beta: float = 1.0) -> Tens
         return torch.ones_like(alpha) + 0.0 * alpha
     p: Tensor = _Shift.apply(alpha, price, float(limit), beta)  # type: ignore[no-untyped-call]
     return p
+
+
+class _ShiftTo(torch.autograd.Function):
+    """p = sigmoid((alpha - zeta(alpha)) / beta) for a cost that is no weighted sum."""
+
+    @staticmethod
+    def forward(ctx: Any, alpha: Tensor, cost: Callable[[Tensor], Tensor], limit: float,
+                beta: float) -> Tensor:
+        reach = 40.0 * beta
+        low, high = float(alpha.min()) - reach, float(alpha.max()) + reach
+        for _ in range(80):
+            zeta = (low + high) / 2
+            p = torch.sub(alpha, zeta).div_(beta).sigmoid_()
+            low, high = (zeta, high) if float(cost(p)) > limit else (low, zeta)
+            if high - low < 1e-12 * max(1.0, abs(zeta)):
+                break
+        with torch.enable_grad():
+            q = p.detach().requires_grad_()
+            (price,) = torch.autograd.grad(cost(q), q)
+        ctx.save_for_backward(p, price)
+        ctx.beta = beta
+        return p
+
+    backward = _Shift.backward
+
+
+def shift_to(alpha: Tensor, cost: Callable[[Tensor], Tensor], limit: float, beta: float = 1.0,
+             ) -> Tensor:
+    """`shift` for any cost(p) that rises with every p_i: sums of products, say.
+
+    cost: p (units,) float64 -> a number, differentiable.  The implicit gradient is that of
+    `shift` with price_i = dcost/dp_i.  Raises ValueError unless cost(0) < limit.
+    """
+    alpha = alpha.double()
+    if float(cost(torch.ones_like(alpha))) <= limit:
+        return torch.ones_like(alpha) + 0.0 * alpha
+    if not float(cost(torch.zeros_like(alpha))) < limit:
+        raise ValueError(f"cost(0) < limit must hold, but got {limit=}")
+    p: Tensor = _ShiftTo.apply(alpha, cost, float(limit), beta)  # type: ignore[no-untyped-call]
+    return p
+
+
+def fill_to(score: Tensor, cost: Callable[[Tensor], Tensor], limit: float) -> Tensor:
+    """`fill` for such a cost: keep (units,) bool with cost(keep) <= limit.
+
+    Takes the longest run of best units that fits, then each further one that still does.
+    Raises ValueError unless cost(0) <= limit.
+    """
+    order = torch.argsort(score.detach().cpu().double(), descending=True, stable=True)
+
+    def first(count: int) -> Tensor:
+        keep = torch.zeros(len(score), dtype=torch.float64)
+        keep[order[:count]] = 1
+        return keep
+
+    low, high = 0, len(order)
+    if float(cost(first(high))) <= limit:
+        return first(high).bool()
+    if float(cost(first(0))) > limit:
+        raise ValueError(f"cost(0) <= limit must hold, but got {limit=}")
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if float(cost(first(middle))) <= limit else (low, middle)
+    keep = first(low)
+    for i in order[low:].tolist():
+        keep[i] = 1
+        if float(cost(keep)) > limit:
+            keep[i] = 0
+    return keep.bool()
 
 
 def fill(score: Tensor, cost: Tensor, limit: int) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from searchpet.supernet import Grafts
+from searchpet.grafts import Grafts
 
 STEP = 1e-3  # of the probe; the first step is linear in it for every kind that is silent at init
 

@@ -16,6 +16,7 @@ from searchpet.errors import unknown
 FAMILIES = {
     "deltas": ("kind", "KIND"),
     "grains": ("grain", "grain"),
+    "scores": ("score", "score"),
     "strategies": ("strategy", "search"),
     "tasks": ("task", "load"),
 }

@@ -64,8 +64,9 @@ def search(
     ctx: typer.Context, model: o.Model = "sentence-transformers/all-MiniLM-L6-v2",
     task: o.TaskName = "agreement", data: o.Data = None, strategy: o.Strategy = "bilevel",
     space: o.SpaceName = None, set_: o.Set = [],  # noqa: B006  typer copies it
-    budget: o.Budget = "0.01%", controls: o.Controls = 1, full: o.AlsoFull = False,
-    count_head: o.CountHead = False, seed: o.Seed = 0, steps: o.Steps = 300,
+    budget: o.Budget = "0.01%", keep_flops: o.KeepFlops = None,
+    keep_weights: o.KeepWeights = None, masks: o.Masks = None, controls: o.Controls = 1,
+    full: o.AlsoFull = False, count_head: o.CountHead = False, seed: o.Seed = 0, steps: o.Steps = 300,
     batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64,
     tau: o.Tau = 0.1, lr: o.Lr = None, precision: o.Precision = "fp32",
     device: o.Device = "auto", test: o.Test = False, out: o.Out = None,
@@ -75,7 +76,8 @@ def search(
     """Find a structure within a budget, train it, compare it, save it."""
     given: dict[str, Any] = {
         "strategy": strategy, "space": space, "set": o.assignments(set_, strategy),
-        "budget": budget, "controls": controls, "full": full, "count_head": count_head,
+        "budget": budget, "keep_flops": keep_flops, "keep_weights": keep_weights,
+        "masks": masks, "controls": controls, "full": full, "count_head": count_head,
         **o.settings(ctx)}
     if dry_run:
         from searchpet.plan import plan
@@ -164,8 +166,7 @@ def show(
     from searchpet.spec import Spec
 
     found = Spec.load(spec)
-    _answer(json.loads(found.text()), json_,
-            lambda views: views.structure(found))
+    _answer(json.loads(found.text()), json_, lambda views: views.structure(found))
 
 
 @app.command()
@@ -270,7 +271,6 @@ def _finish(result: Result, as_json: bool) -> None:
     """The end of `search` and `train`: the comparison, what was saved where, what to do next."""
     _answer(result.values, as_json, lambda views: views.finished(result.values, result.path),
             result.values["warnings"])
-
 
 
 def main(argv: Sequence[str] | None = None) -> int:

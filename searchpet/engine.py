@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from searchpet.apply import apply, load, origin, read_delta, restore
 from searchpet.batch import encode
 from searchpet.errors import InputError
 from searchpet.merge import merge
-from searchpet.propose import STRATEGY, propose, space_of
+from searchpet.propose import STRATEGY, Ask, propose
+from searchpet.pruning import asked as prune_to
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Outcome, Session, Settings, asked
 from searchpet.spec import Spec
@@ -43,6 +44,9 @@ def search(
     space: str | None = None,
     set: Mapping[str, Any] | None = None,
     budget: str = "0.01%",
+    keep_flops: str | None = None,
+    keep_weights: str | None = None,
+    masks: str | None = None,
     controls: int = 1,
     full: bool = False,
     test: bool = False,
@@ -56,15 +60,18 @@ def search(
 
     settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
     of the strategy.  `full` also trains full fine-tuning, for reference.
+    keep_flops, keep_weights: share such as `60%` of the blocks' FLOPs or matrix elements that may
+    stay; the space then also has the masks of the space file `masks`.
     Raises InputError for whatever is wrong with the input.
     """
     chosen = Settings(**settings)
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
-    folder = RunFolder(out or default_out(chosen, budget, strategy))
-    folder.start(asked(chosen, command="search", strategy=strategy,
-                       space=space_of(strategy, space), set=dict(set or {}), budget=budget,
-                       controls=controls, full=full, test=test, count_head=count_head), resume)
+    ask = Ask(strategy, space, dict(set or {}), budget, count_head,
+              prune_to(keep_flops, keep_weights, masks))
+    folder = RunFolder(out or default_out(chosen, ask))
+    folder.start(asked(chosen, command="search", **ask.settings(), controls=controls, full=full,
+                       test=test), resume)
     if folder.has("result.json"):
         return Result(folder.path, Spec.load(folder.path), folder.read_json("result.json"))
     session = Session(chosen, listener)
@@ -72,10 +79,9 @@ def search(
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
-    how: dict[str, Any] = {
-        "space": space, "budget": budget, "test": test, "count_head": count_head}
-    main = _find_and_train(session, folder, strategy, given=set or {}, seed=chosen.seed, **how)
-    rows = [_control(session, folder, name, i, how) for i in range(controls) for name in CONTROLS]
+    main = _find_and_train(session, folder, ask, chosen.seed, test)
+    rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
+            for i in range(controls) for name in CONTROLS]
     session.job = "full"
     reference = _trained(session, folder.sub("controls/full"), "full", test=test) if full else {}
     spec = Spec.load(folder.path)
@@ -138,23 +144,20 @@ def check_backbone(session: Session, spec: Spec) -> None:
                          "architecture; search on that model instead")
 
 
-def _control(session: Session, folder: RunFolder, name: str, number: int,
-             how: Mapping[str, Any]) -> dict[str, Any]:
-    """A random structure of the same budget, trained with the same seed as the one found."""
-    sub = folder.sub(f"controls/{name.replace(':', '-')}-{number}")
-    seed = session.settings.seed + number
-    row = _find_and_train(session, sub, name, given={}, seed=seed, **how)
-    return {"name": name, "score": row["score"], "trainable": row["trainable"]}
+def _control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bool,
+             ) -> dict[str, Any]:
+    """A random structure of the same budgets, trained with the same seed as the one found."""
+    sub = folder.sub(f"controls/{ask.strategy.replace(':', '-')}-{number}")
+    row = _find_and_train(session, sub, ask, session.settings.seed + number, test)
+    return {"name": ask.strategy, "score": row["score"], "trainable": row["trainable"]}
 
 
-def _find_and_train(session: Session, folder: RunFolder, strategy: str, *, space: str | None,
-                    budget: str, given: Mapping[str, Any], seed: int, test: bool,
-                    count_head: bool) -> dict[str, Any]:
+def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, test: bool,
+                    ) -> dict[str, Any]:
     """Spec and training of one strategy in its folder; what is there already is kept."""
-    session.job = strategy
+    session.job = ask.strategy
     if not folder.has("spec.json"):
-        spec, seconds = propose(session, folder, strategy=strategy, space=space, budget=budget,
-                                given=given, seed=seed, count_head=count_head)
+        spec, seconds = propose(session, folder, ask, seed)
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
     folder.drop("search.checkpoint.safetensors")
@@ -197,6 +200,7 @@ def _values(session: Session, spec: Spec | None, row: Mapping[str, Any], test: b
         "head": row["head"], "backbone": backbone, "fraction": row["trainable"] / backbone,
         "seed": session.settings.seed, "tau": row["tau"],
         "spec_hash": spec.hash if spec else None,
+        "keep": spec.keep.model_dump() if spec and spec.keep else None,
         "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
         "warnings": list(session.task.warnings),
     }
@@ -264,10 +268,11 @@ def _settings(run: str | Path) -> dict[str, Any]:
     return dict(folder.read_json("settings.json")) if folder.has("settings.json") else {}
 
 
-def default_out(settings: Settings, budget: str, strategy: str) -> str:
-    """`runs/<task>-<model>-<budget>-<strategy>-s<seed>`."""
-    parts = (_short(settings.task), _short(settings.model), budget.replace("/", "_"),
-             strategy.replace(":", "_"), f"s{settings.seed}")
+def default_out(settings: Settings, ask: Ask) -> str:
+    """`runs/<task>-<model>-<budget>[-keep-<share>]-<strategy>-s<seed>`."""
+    kept = [f"keep-{ask.prune.measure}-{ask.prune.text}"] if ask.prune else []
+    parts = (_short(settings.task), _short(settings.model), ask.budget.replace("/", "_"), *kept,
+             ask.strategy.replace(":", "_"), f"s{settings.seed}")
     return "runs/" + "-".join(parts)
 
 

@@ -18,6 +18,15 @@ def concrete(p: Tensor, temperature: float, generator: torch.Generator, rows: in
     return torch.sigmoid((noise + torch.logit(p, eps=1e-12)) / temperature).float()
 
 
+def straight_through(z: Tensor, where: Tensor) -> Tensor:
+    """z with the units where (units,) bool open or closed, and the gradient of the soft gate.
+
+    Bengio et al. 2013, arXiv:1308.3432.
+    """
+    hard = (z > 0.5).to(z.dtype)
+    return torch.where(where.to(z.device), z + (hard - z).detach(), z)
+
+
 def decided(p: Tensor, price: Tensor) -> Tensor:
     """Parameters of the units whose gate is more open than not: the structure so far."""
     return price[p.detach() > 0.5].sum()

@@ -28,7 +28,7 @@ from searchpet.engine import outcome_row
 from searchpet.errors import InputError
 from searchpet.gridfile import REFERENCES, GridFile, Method, read_grid
 from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, claim, write_table
-from searchpet.propose import propose
+from searchpet.propose import Ask, propose
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.spec import Spec
@@ -171,8 +171,8 @@ def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[S
     if not folder.has("spec.json"):
         strategy, space = cell.method.resolved()
         bench.progress(f"{cell} structure {seed}: search")
-        spec, seconds = propose(session, folder, strategy=strategy, space=space,
-                                budget=cell.budget, given=cell.method.set, seed=seed)
+        ask = Ask(strategy, space, cell.method.set, cell.budget)
+        spec, seconds = propose(session, folder, ask, seed)
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
     folder.drop("search.checkpoint.safetensors")
@@ -227,8 +227,8 @@ def _train(session: Session, folder: RunFolder, method: Spec | str, seed: int, t
 
 def _test_score(session: Session, spec: Spec, folder: RunFolder, seed: int) -> float:
     """The first metric on test of a training's saved tensors."""
-    with session.fresh(seed) as model:
-        apply(model, spec, head=session.head, seed=seed)
+    with session.fresh(seed, spoil=spec.keep is not None) as model:
+        apply(model, spec, head=session.head, seed=seed, remove=None)
         write_tensors(model, session.head, read_delta(folder)[0], folder.path)
         return float(session.evaluate(model, "test")[session.task.metrics[0]])
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from searchpet.deltas import Affine
 from searchpet.errors import InputError
+from searchpet.grafts import Graft, Grafts
 from searchpet.site import Site
-from searchpet.supernet import Graft, Grafts
 
 
 def merge(model: nn.Module) -> nn.Module:

@@ -61,6 +61,15 @@ Budget = Annotated[str, typer.Option(
 Controls = Annotated[int, typer.Option(
     "--controls", help="Random structures of each kind to compare with; 0 for none.",
     rich_help_panel=SEARCH)]
+KeepFlops = Annotated[str | None, typer.Option(
+    "--keep-flops", metavar="SHARE", help="Prune too: share of the blocks' FLOPs that stays, such "
+    "as 60%.", rich_help_panel=SEARCH)]
+KeepWeights = Annotated[str | None, typer.Option(
+    "--keep-weights", metavar="SHARE", help="Prune too: share of the blocks' matrix elements that "
+    "stays.", rich_help_panel=SEARCH)]
+Masks = Annotated[str | None, typer.Option(
+    "--masks", help="What pruning may take out: a space of masks. [default: prune/structured]",
+    rich_help_panel=SEARCH)]
 CountHead = Annotated[bool, typer.Option(
     "--count-head", help="Let the budget pay for the head too.", rich_help_panel=SEARCH)]
 AlsoFull = Annotated[bool, typer.Option(

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 
-from searchpet.discover import discover
 from searchpet.engine import CONTROLS
 from searchpet.errors import InputError
-from searchpet.propose import STRATEGY, budget_of, propose, space_of
+from searchpet.propose import STRATEGY, Ask, budget_of, propose
+from searchpet.pruning import asked as prune_to
 from searchpet.run import Event
 from searchpet.session import Session, Settings
-from searchpet.space import build_space
 from searchpet.spec import Spec
 
 STEPS = 6  # enough for a strategy to pass through its phases
@@ -64,7 +63,8 @@ class _Clock:
 
 def plan(*, strategy: str = STRATEGY, space: str | None = None,
          set: Mapping[str, Any] | None = None, budget: str = "0.01%",
-         controls: int = 1, full: bool = False, count_head: bool = False,
+         keep_flops: str | None = None, keep_weights: str | None = None,
+         masks: str | None = None, controls: int = 1, full: bool = False, count_head: bool = False,
          **settings: Any) -> Plan:
     """Build everything that `search` would, take a few steps, and scale up.
 
@@ -73,13 +73,14 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     chosen = Settings(**settings)
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
+    ask = Ask(strategy, space, dict(set or {}), budget, count_head,
+              prune_to(keep_flops, keep_weights, masks))
     clock = _Clock()
     session = Session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:
-        units = build_space(space_of(strategy, space), discover(model))
+        units = ask.units(model)
         _, limit = budget_of(session, budget, count_head)
-    spec, spent = propose(session, None, strategy=strategy, space=space, budget=budget,
-                          given=set or {}, seed=chosen.seed, count_head=count_head)
+    spec, spent = propose(session, None, ask, chosen.seed)
     step = clock.step("search")
     search_seconds = spent + step * max(0, chosen.steps - STEPS)
     train_seconds = _training(session, clock, spec, chosen.steps)
@@ -89,7 +90,7 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
         total += _training(session, clock, "full", chosen.steps)
     kept = ELEMENT * (limit + session.head_size) * trainings + len(spec.text())
     states = 4 * session.identity.parameters if full else 3 * units.total + 3 * len(units)
-    return Plan(units.name, len(units), units.total, int(units.cost.min()), limit,
+    return Plan(units.name, len(units), units.total, int(units.cost[~units.prunes].min()), limit,
                 session.head_size, trainings + full, search_seconds, train_seconds, total,
                 _memory(session.device), kept, kept + ELEMENT * states, session.task.warnings)
 

@@ -7,20 +7,24 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from searchpet import catalog
 from searchpet.batch import halve
 from searchpet.budget import Budget
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
+from searchpet.limits import Keep, Limits
+from searchpet.pruning import Prune, keep_of, with_masks
+from searchpet.pruning import used as kept_use
 from searchpet.run import RunFolder
 from searchpet.session import Session
-from searchpet.space import Space, build_space, space_names
+from searchpet.space import Space, read_space, space_names
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem, Ranking
 from searchpet.supernet import Supernet
@@ -29,6 +33,36 @@ from searchpet.train import loss_of
 SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
 STRATEGY = "bilevel"
 SPACE = "nano"
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a search is asked for.  `set` holds hyperparameters of the strategy."""
+
+    strategy: str = STRATEGY
+    space: str | None = None
+    set: Mapping[str, Any] = field(default_factory=dict)
+    budget: str = "0.01%"
+    count_head: bool = False
+    prune: Prune | None = None
+
+    @property
+    def named_space(self) -> str:
+        return space_of(self.strategy, self.space)
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values for settings.json."""
+        prune = asdict(self.prune) if self.prune else None
+        return {**asdict(self), "space": self.named_space, "prune": prune}
+
+    def units(self, model: nn.Module) -> Space:
+        """The units on a model: of the space, and of the masks to prune by."""
+        file = with_masks(read_space(self.named_space), self.prune)
+        space = Space(self.named_space, discover(model), file.rule)
+        if bool(space.prunes.all()):
+            raise InputError(f"a space must have units of PET, but {space.name} has masks alone; "
+                             "give it to --masks and another one to --space")
+        return space
 
 
 def space_of(strategy: str, space: str | None) -> str:
@@ -94,43 +128,51 @@ def budget_of(session: Session, text: str, count_head: bool) -> tuple[Budget, in
     return budget, budget.limit - head
 
 
-def propose(session: Session, folder: RunFolder | None, *, strategy: str, space: str | None,
-            budget: str, given: Mapping[str, Any], seed: int, count_head: bool = False,
+def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
             ) -> tuple[Spec, float]:
     """Run a strategy; the found spec and the seconds it took.
 
     Raises InputError for a budget below the cheapest unit and for an unknown name.
     """
     began = time.monotonic()
-    search, keywords = hyperparameters(strategy, given)
+    search, keywords = hyperparameters(ask.strategy, ask.set)
     with session.fresh(seed) as model:
-        sites = build_space(space_of(strategy, space), discover(model))
-        limits, limit = budget_of(session, budget, count_head)
-        limits.afford(int(sites.cost.min()) + limits.limit - limit)
-        net = Supernet(model, sites, session.head, seed)
+        space = ask.units(model)
+        limits, limit = budget_of(session, ask.budget, ask.count_head)
+        limits.afford(int(space.cost[~space.prunes].min()) + limits.limit - limit)
+        keep = keep_of(ask.prune, model, space) if ask.prune else None
+        net = Supernet(model, space, session.head, seed)
         try:
-            problem = _problem(session, folder, net, sites, limit, seed)
+            problem = _problem(session, folder, net, limit, keep, seed)
             ranking = search(problem, **keywords)
         finally:
             net.remove()
-    used = sites.parameters(ranking.keep)
-    if used > limit:
-        raise RuntimeError(f"strategy {strategy} kept {used} parameters, above {limit}")
-    if not used:
-        raise InputError(f"a budget must buy at least one choice of {strategy}, but {limit:,} "
-                         f"parameters buy none in space {sites.name}; raise the budget")
-    spec = Spec(
-        backbone=BackboneId(**asdict(session.identity)), entries=sites.entries(ranking.keep),
-        budget=BudgetUse(
-            text=limits.text, limit=limits.limit, used=used + limits.limit - limit,
-            slack=limit - used, denominator=limits.denominator,
-            counts="deltas and head" if count_head else "deltas"),
-        provenance=_provenance(session, strategy, sites, keywords, seed))
+    spec = _spec(session, ask, problem.limits, ranking.keep, limits,
+                 _provenance(session, ask, space, keywords, seed))
     return spec, round(time.monotonic() - began, 3)
 
 
-def _problem(session: Session, folder: RunFolder | None, net: Supernet, space: Space, limit: int,
-             seed: int) -> Problem:
+def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budget,
+          provenance: dict[str, Any]) -> Spec:
+    """The choice as a spec; the budgets are asserted once more."""
+    used, limit = limits.parameters(keep), limits.limit
+    if used > limit:
+        raise RuntimeError(f"strategy {ask.strategy} kept {used} parameters, above {limit}")
+    if not used:
+        raise InputError(f"a budget must buy at least one choice of {ask.strategy}, but {limit:,} "
+                         f"parameters buy none in space {limits.space.name}; raise the budget")
+    return Spec(
+        backbone=BackboneId(**asdict(session.identity)), entries=limits.entries(keep),
+        budget=BudgetUse(
+            text=budget.text, limit=budget.limit, used=used + budget.limit - limit,
+            slack=limit - used, denominator=budget.denominator,
+            counts="deltas and head" if ask.count_head else "deltas"),
+        keep=kept_use(limits.keep, limits.kept(keep)) if limits.keep else None,
+        plan=limits.plan(keep), provenance=provenance)
+
+
+def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: int,
+             keep: Keep | None, seed: int) -> Problem:
     """What the strategy may see: the training split, in two halves."""
     first, second = halve(session.splits["train"], seed)
     model, precision = net.model, session.settings.precision
@@ -145,20 +187,20 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, space: S
 
     generator = torch.Generator().manual_seed(seed)
     return Problem(
-        net=net, space=space, limit=limit, train=session.batches(first, seed),
+        net=net, space=net.space, limit=limit, keep=keep, train=session.batches(first, seed),
         valid=session.batches(second, seed + 1), loss=loss_of(model, precision),
         rates=session.rates(probes, SEARCH * session.settings.tau), steps=session.settings.steps,
         loop=loop, generator=generator)
 
 
-def _provenance(session: Session, strategy: str, space: Space, keywords: Mapping[str, Any],
+def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str, Any],
                 seed: int) -> dict[str, Any]:
     """How a spec came about; no times, so that the same search gives the same file."""
     settings = {k: v for k, v in asdict(session.settings).items()
                 if k not in ("data", "device", "seed", "task", "model")}
     return {
-        "strategy": strategy, "hyperparameters": dict(keywords), "space": space.name,
-        "units": len(space), "seed": seed, "task": session.task.name,
+        "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
+        **({"masks": ask.prune.masks} if ask.prune else {}), "units": len(space), "seed": seed, "task": session.task.name,
         "data": session.task.fingerprint, "settings": settings,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")}
         | {"searchpet": version()},

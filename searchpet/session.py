@@ -21,9 +21,9 @@ from searchpet.backbone import DEFAULT, Backbone, load_backbone
 from searchpet.batch import Batches, Encoded, encode
 from searchpet.calibrate import probe, rates
 from searchpet.errors import InputError, unknown
+from searchpet.grafts import Grafts
 from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.spec import Spec
-from searchpet.supernet import Grafts
 from searchpet.task import Task, load_task
 from searchpet.train import Recipe, evaluate, fit, loss_of
 
@@ -188,7 +188,8 @@ class Session:
         """
         tau = self.settings.tau if tau is None else tau
         began = time.monotonic()
-        with self.fresh(seed, spoil=method == "full") as model:
+        spoils = method == "full" or (isinstance(method, Spec) and method.keep is not None)
+        with self.fresh(seed, spoil=spoils) as model:
             groups = self._groups(model, method, seed, tau)
             recipe = self.recipe()
             result = fit(
@@ -222,7 +223,7 @@ class Session:
         head = [p for n, p in model.named_parameters() if n in self.head]
         rest = [p for n, p in model.named_parameters() if n not in self.head]
         if isinstance(method, Spec):
-            apply(model, method, head=self.head, seed=seed)
+            apply(model, method, head=self.head, seed=seed, remove=None)
             grafts = model.searchpet
             assert isinstance(grafts, Grafts)
             found = self.rates(self.probe(model, grafts, self.splits["train"], seed), tau)

@@ -17,7 +17,7 @@ import inspect
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -41,7 +41,7 @@ class Select(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     role: tuple[str, ...] = ("*",)
-    form: tuple[Form, ...] = ("linear", "norm", "block")
+    form: tuple[Form, ...] = ("linear", "norm", "block", "layer")
     part: tuple[str, ...] = ("*",)
     path: tuple[str, ...] = ("*",)
     layers: str = ""
@@ -121,20 +121,23 @@ class Placement:
     width: int
     start: int
     atoms: bool
+    neutral: float = 0.0
+    run: int = 1  # consecutive features that a mask's coordinate gates
 
 
 class Space:
     """Sites x kinds x grain -> units and their prices.
 
-    placements: in the order of sites, then rules.
+    sites: of the model, used or not;  placements: in the order of sites, then rules.
     unit:  int64 (coordinates,), the unit of each coordinate.
     cost:  int64 (units,), parameters of each unit.
     owner: int64 (units,), the placement of each unit's first coordinate.
     first: int64 (units,), that coordinate's number inside its placement.
+    neutral: float32 (units,), the gate that changes nothing: 0 for PET, 1 for prune masks.
     """
 
     def __init__(self, name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> None:
-        self.name = name
+        self.name, self.sites = name, tuple(sites)
         placements: list[Placement] = []
         costs: list[Tensor] = []
         labels: list[Any] = []
@@ -142,7 +145,7 @@ class Space:
             with torch.device("meta"):  # shapes only
                 delta = make(rule.kind, site, rule.options)
             placements.append(Placement(site, rule.kind, rule.options, rule.grain, delta.width,
-                                        len(labels), delta.atoms))
+                                        len(labels), delta.atoms, delta.neutral, delta.run))
             costs.append(delta.cost())
             labels.extend(catalog.get("grains", rule.grain)(site, rule.kind, delta.width))
         self.placements = tuple(placements)
@@ -158,6 +161,8 @@ class Space:
         self.first = torch.empty(len(numbers), dtype=torch.int64)
         self.owner[self.unit.flip(0)] = place.flip(0)
         self.first[self.unit.flip(0)] = inside.flip(0)
+        self.neutral = torch.tensor([p.neutral for p in placements])[self.owner]
+        self.prunes = self.neutral == 1  # bool (units,)
 
     def __len__(self) -> int:
         return len(self.cost)
@@ -171,13 +176,30 @@ class Space:
         """Exact parameters of the kept units; keep (units,) bool."""
         return int(self.cost[keep.cpu()].sum())
 
+    def slopes(self, place: Placement) -> tuple[int, int, int]:
+        """Parameters of one coordinate of a placement: all, per input and per output feature."""
+        def cost(d_in: int, d_out: int) -> int:
+            with torch.device("meta"):
+                delta = make(place.kind, replace(place.site, d_in=d_in, d_out=d_out),
+                             place.options)
+            return int(delta.cost()[0])
+
+        d_in, d_out = place.site.d_in, place.site.d_out
+        whole = cost(d_in, d_out)
+        if place.site.form != "linear":
+            return whole, 0, 0  # the residual stream keeps its width
+        return whole, cost(d_in + 1, d_out) - whole, cost(d_in, d_out + 1) - whole
+
     def entries(self, keep: Tensor) -> tuple[Entry, ...]:
-        """The spec's entries for the kept units; keep (units,) bool."""
+        """The spec's entries for the kept units; keep (units,) bool.
+
+        A mask that keeps everything has no entry; one that keeps nothing has an empty one.
+        """
         chosen = keep.cpu()[self.unit]
         entries = []
         for p in self.placements:
             kept = chosen[p.start : p.start + p.width].nonzero().squeeze(-1).tolist()
-            if kept:
+            if len(kept) < p.width if p.neutral else kept:
                 entries.append(Entry(path=p.site.path, role=p.site.role, layer=p.site.layer,
                                      kind=p.kind, options=dict(p.options), kept=kept))
         return tuple(entries)

@@ -36,14 +36,17 @@ class BackboneId(_Frozen):
 
 
 class Entry(_Frozen):
-    """One delta: where, which kind with which options, and which of its coordinates are kept."""
+    """One delta: where, which kind with which options, and which of its coordinates are kept.
+
+    A prune mask keeps what the list says and removes the rest, so its list may be empty.
+    """
 
     path: Name
     role: Name
     layer: Annotated[int, Field(ge=-1, le=100_000, strict=True)]
     kind: Name
     options: dict[str, Option]
-    kept: Annotated[list[Count], Field(min_length=1)]
+    kept: list[Count]
 
     @model_validator(mode="after")
     def _ascending(self) -> Entry:
@@ -75,13 +78,45 @@ class BudgetUse(_Frozen):
         return self
 
 
+class KeepUse(_Frozen):
+    """What inference may cost: `limit` of `dense`, of which the structure uses `used`."""
+
+    measure: Name
+    text: str
+    limit: Annotated[float, Field(gt=0)]
+    used: Annotated[float, Field(ge=0)]
+    dense: Annotated[float, Field(gt=0)]
+
+    @model_validator(mode="after")
+    def _within(self) -> KeepUse:
+        if self.used > self.limit:
+            raise ValueError(f"used must be at most limit, but got {self.used} > {self.limit}")
+        return self
+
+
+class Ratio(_Frozen):
+    """What a kind keeps at a role and relative depth (0 first layer, 1 last): for another size."""
+
+    part: Name
+    role: Name
+    kind: Name
+    depth: Annotated[float, Field(ge=0, le=1)]
+    kept: Annotated[float, Field(ge=0, le=1)]
+
+
 class Spec(_Frozen):
-    """A found structure.  `Spec.load(path)`, `spec.save(path)`, `spec.hash`."""
+    """A found structure.  `Spec.load(path)`, `spec.save(path)`, `spec.hash`.
+
+    entries say exactly what is kept, in the backbone's own numbering; plan says the same of its
+    prune masks as shares by role and relative depth.
+    """
 
     searchpet_spec: Literal[1] = 1
     backbone: BackboneId
     entries: tuple[Entry, ...]
     budget: BudgetUse
+    keep: KeepUse | None = None
+    plan: tuple[Ratio, ...] = ()
     provenance: dict[str, Any] = {}
 
     @model_validator(mode="after")
@@ -101,7 +136,9 @@ class Spec(_Frozen):
 
     def text(self) -> str:
         """The file's content: canonical JSON, one line."""
-        return canonical({**self.model_dump(mode="json"), "hash": self.hash}) + "\n"
+        absent = {name for name in ("keep", "plan") if not getattr(self, name)}
+        content = self.model_dump(mode="json", exclude=absent)
+        return canonical({**content, "hash": self.hash}) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the spec.  Overwrites a file, never half of it."""

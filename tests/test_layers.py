@@ -20,12 +20,16 @@ STOREYS: dict[float, list[str]] = {
     0: ["errors"],
     0.5: ["catalog", "site", "spec"],
     1: ["deltas/*", "grains/*", "tasks/*", "roles"],
-    2: ["budget", "gates", "metrics", "rows", "source", "space", "sublayers", "scores/*"],
-    2.5: ["discover", "schema"],
-    3: ["backbone", "batch", "removal", "run", "supernet", "task"],
-    3.5: ["calibrate", "train"],
+    2: ["allocate", "budget", "gates", "masks", "metrics", "rows", "scores/*", "source", "space",
+        "sublayers"],
+    2.3: ["hosts"],
+    2.5: ["discover", "inference", "schema"],
+    2.7: ["limits"],
+    3: ["backbone", "batch", "flops", "grafts", "removal", "run", "stats", "task"],
+    3.5: ["calibrate", "recovery", "supernet", "train"],
     4: ["strategies/*"],
-    4.5: ["apply", "merge"],  # parts of the engine
+    4.3: ["realise"],
+    4.5: ["apply", "merge", "pruning"],  # parts of the engine
     5: ["session"],
     5.3: ["propose"],
     5.5: ["engine"],
@@ -52,6 +56,7 @@ ONLY = {"budget": {"errors"}, "gates": {"errors"}}
 # room -> what it must never import, wherever the storeys allow it
 NEVER = {
     "strategies/*": {"deltas", "discover", "site", "backbone", "transformers"},
+    "grafts": {"budget", "gates"},
     "supernet": {"budget", "gates"},
 }
 IMPORTERS = {"__init__", "catalog", "cli"}  # may import by a name that is only known at run time

@@ -11,10 +11,10 @@ from torch import nn
 from searchpet import catalog
 from searchpet.apply import apply
 from searchpet.errors import InputError
+from searchpet.grafts import Graft, Grafts
 from searchpet.merge import merge
 from searchpet.site import Site
 from searchpet.space import Rule
-from searchpet.supernet import Graft, Grafts
 from tests.laws import families as tiny
 
 LINEAR = Site("m", "attention.query", 0, "linear", "encoder", 4, 4)

@@ -116,7 +116,6 @@ HOSTILE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda raw: [raw], "searchpet spec"),
     (lambda raw: None, "searchpet spec"),
     (lambda raw: "searchpet_spec", "searchpet spec"),
-    (entry(kept=[]), "kept"),
     (entry(kept=[1, 0]), "ascending"),
     (entry(kept=[0, 0]), "ascending"),
     (entry(kept=[-1]), "kept"),

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from searchpet.grafts import Graft, Grafts
 from searchpet.site import Site
 from searchpet.space import make
-from searchpet.supernet import Graft, Grafts, Supernet, seeded
+from searchpet.supernet import Supernet, seeded
 from tests.laws import families as tiny
 
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
@@ -30,11 +31,12 @@ def net_of(family: str, **more: Any) -> Supernet:
 def test_a_fresh_supernet_is_the_backbone_to_the_bit(family: str) -> None:
     model, batch = tiny.model(family), tiny.inputs(family)
     before = tiny.logits(model, batch)
-    net = tiny.supernet(model, tiny.space(model, *tiny.every_kind()), trained=False)
+    rules = [*tiny.every_kind(), *tiny.every_mask()]
+    net = tiny.supernet(model, tiny.space(model, *rules), trained=False)
     assert torch.equal(tiny.logits(model, batch), before)
     tiny.perturb(net.grafts.deltas.parameters(), 0.2)
     assert not torch.allclose(tiny.logits(model, batch), before)
-    net.z = torch.zeros(len(net.space))
+    net.z = net.space.neutral
     assert torch.equal(tiny.logits(model, batch), before)
 
 

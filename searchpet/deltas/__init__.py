@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from searchpet.site import Site
 
-Stage = Literal["parallel", "sequential"]
+Stage = Literal["weight", "input", "parallel", "sequential", "output"]
 
 
 @dataclass(frozen=True)
@@ -33,11 +33,15 @@ class Affine:
 class Delta(nn.Module, abc.ABC):
     """What every kind provides.  Options are keyword arguments of `__init__`.
 
-    stage:   `parallel` deltas see the site's x and y; `sequential` ones see the y that the
-             parallel ones have changed.
-    neutral: the gate value at which the delta is silent.
+    stage:   what the delta is added to.  `input`: the site's x, before anything else sees it;
+             `parallel`: y, given x and y; `sequential`: the y that the parallel ones have
+             changed; `output`: the y that all others have changed.  `weight` masks act on the
+             site's weight instead.
+    neutral: the gate value at which the delta is silent: 0 for PET (nothing is added), 1 for
+             prune masks (nothing is removed; they have no parameters).
     pointwise: True where the delta is g * y + c, so that several of them at a site cost one pass
              over y; `affine` then gives g and c, for gates of any rank.
+    run:     consecutive features that a mask's coordinate gates.
     atoms:   True where coordinates are atoms of a factorisation, False where they are channels.
     """
 
@@ -46,9 +50,9 @@ class Delta(nn.Module, abc.ABC):
     atoms: ClassVar[bool] = False
     pointwise: ClassVar[bool] = False
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, run: int = 1) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.run = width, run
 
     @classmethod
     @abc.abstractmethod
@@ -61,7 +65,9 @@ class Delta(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """x (..., d_in), y (..., d_out), z (width,) or (batch, 1, width) -> (..., d_out)."""
+        """What is added: x (..., d_in), y (..., d_out), z (width,) or (batch, 1, width) ->
+        (..., d_out), or (..., d_in) at stage `input`, where y is not given.
+        """
 
     @abc.abstractmethod
     def thin(self, keep: Tensor) -> Delta:
@@ -109,3 +115,33 @@ class Channels(nn.Module):
         thinner = Channels(self.size, index)
         thinner.value.data.copy_(self.value.data[chosen])
         return thinner
+
+
+class Groups(nn.Module):
+    """Gates over runs of `each` consecutive features, of which some may be gone for good.
+
+    `index` (k,) are the groups that are left, None for all; a feature of another group gets 0.
+    """
+
+    index: Tensor | None
+
+    def __init__(self, size: int, each: int, index: Tensor | None = None) -> None:
+        super().__init__()
+        self.size, self.each = size, each
+        self.count = -(-size // each)  # the last group may be shorter
+        self.register_buffer("index", index, persistent=False)
+
+    def __len__(self) -> int:
+        return self.count if self.index is None else len(self.index)
+
+    def at(self, z: Tensor) -> Tensor:
+        """z (k,) or (batch, 1, k) -> a factor per feature (..., size)."""
+        if self.index is not None:
+            z = z.new_zeros(*z.shape[:-1], self.count).index_copy(-1, self.index, z)
+        return z.repeat_interleave(self.each, dim=-1)[..., : self.size]
+
+    def thin(self, keep: Tensor) -> Groups:
+        """Without the groups where keep (k,) is False."""
+        chosen = keep.nonzero().squeeze(-1)
+        return Groups(self.size, self.each,
+                      chosen if self.index is None else self.index[chosen])

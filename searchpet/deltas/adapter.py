@@ -9,14 +9,16 @@ so that every bottleneck unit stands alone; the kind `bias` provides one.
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from searchpet.deltas import Delta, Stage, each
+from searchpet.deltas import Delta, each
 from searchpet.site import Site
+
+Place = Literal["parallel", "sequential"]
 
 
 class Adapter(Delta):
@@ -33,7 +35,7 @@ class Adapter(Delta):
         site: Site,
         *,
         bottleneck: int = 8,
-        stage: Stage = "sequential",
+        stage: Place = "sequential",
         scaling: float = 1.0,
     ) -> None:
         super().__init__(width=bottleneck)

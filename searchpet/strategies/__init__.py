@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from searchpet.limits import Keep, Limits
 from searchpet.space import Space
 from searchpet.supernet import Supernet
 
@@ -34,7 +36,9 @@ class Loop(Protocol):
 class Problem:
     """All that a strategy may see.
 
-    limit:     parameters that the kept units may cost together.
+    limit:     parameters that the kept PET units may cost together.
+    keep:      what inference may cost, where the space has prune masks.
+    limits:    both, on the space's units: `shift` for probabilities, `fill` for a choice.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates.
@@ -54,6 +58,12 @@ class Problem:
     steps: int
     loop: Callable[..., Loop]
     generator: torch.Generator
+    keep: Keep | None = None
+
+    @cached_property
+    def limits(self) -> Limits:
+        """The budgets on the space's units."""
+        return Limits(self.space, self.limit, self.keep)
 
 
 @dataclass(frozen=True)

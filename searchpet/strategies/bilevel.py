@@ -12,14 +12,20 @@ everything, and the exact implicit gradient of the shift.  Differences, with rea
   ones, and the slack is filled.
 - The temperature falls from 1 to `cold`, so that the gates the deltas learn with come close to
   the open-or-closed ones of the final structure.
+
+With prune masks in the space both are searched together: the limit on inference comes down from
+the whole model over `ramp` of the steps, so that PET units learn beside what will be left, and
+prune gates are hard, with straight-through gradients, in the last `hard` of them.
 """
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
 
-from searchpet.budget import fill, shift
-from searchpet.gates import concrete, decided, entropy
+import torch
+from torch import Tensor
+
+from searchpet.gates import concrete, decided, entropy, straight_through
 from searchpet.strategies import Problem, Ranking, descend
 
 TRAINS = True
@@ -31,36 +37,69 @@ def search(
     alpha_lr: float = 0.1,  # S3PET's; Adam moves a logit by about this much a step
     warmup: float = 0.3,  # share of the steps in which only the deltas learn
     cold: float = 0.3,  # final temperature; lower ones make alpha's gradient vanish
+    ramp: float = 0.3,  # share of the steps in which pruning sets in, after the warm-up
+    hard: float = 0.2,  # share of the steps, at the end, in which prune gates are open or closed
 ) -> Ranking:
-    """Learn alpha (units,), then keep units by p per parameter within the limit."""
-    net, space, device = problem.net, problem.space, problem.net.home
-    price = space.cost.to(device).double()
-    alpha = torch.zeros(len(space), device=device, requires_grad=True)
+    """Learn alpha (units,), then keep units by p per parameter within the limits."""
+    net, limits, device = problem.net, problem.limits, problem.net.home
+    alpha = torch.zeros(len(problem.space), device=device, requires_grad=True)
     weights = [p for group in net.groups(problem.rates) for p in group["params"]]
     learn = torch.optim.AdamW(net.groups(problem.rates), weight_decay=0.0)
     choose = torch.optim.Adam([alpha], lr=alpha_lr)
     rates = [group["lr"] for group in learn.param_groups]
-    crowd = min(1.0, problem.limit / space.total) ** 0.5
-    warm = round(warmup * problem.steps)
+    crowd = min(1.0, problem.limit / problem.space.total) ** 0.5
+    phases = _Phases(problem.steps, warmup, cold, ramp, hard)
+    prunes = problem.space.prunes.to(device)
+
+    def gates(p: Tensor, step: int) -> Tensor:
+        z = concrete(p, phases.temperature(step), problem.generator)
+        return straight_through(z, prunes) if phases.hard(step) else z
+
     loop = problem.loop(
         problem.steps, alpha=alpha, weights=weights, learn=learn, choose=choose)
     for step in loop:
+        warm = phases.warm(step)
         for group, rate in zip(learn.param_groups, rates, strict=True):
-            group["lr"] = rate * (crowd if step < warm and group["kind"] != "head" else 1.0)
-        p = shift(alpha, price, problem.limit)
-        if step < warm:
-            net.z = torch.ones(len(space), device=device)
+            group["lr"] = rate * (crowd if warm and group["kind"] != "head" else 1.0)
+        p = limits.shift(alpha, ease=phases.ease(step))
+        if warm:
+            net.z = torch.ones(len(alpha), device=device)
         else:
-            progress = (step - warm) / max(1, problem.steps - warm)
-            temperature = cold**progress
-            net.z = concrete(p, temperature, problem.generator)
+            net.z = gates(p, step)
             (alpha.grad,) = torch.autograd.grad(problem.loss(problem.valid[step]), alpha)
             choose.step()
             with torch.no_grad():
-                net.z = concrete(shift(alpha, price, problem.limit), temperature,
-                                 problem.generator)
+                net.z = gates(limits.shift(alpha, ease=phases.ease(step)), step)
         loss = descend(problem, learn, problem.train[step])
+        price = limits.price(p.detach())
         loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
                     entropy=entropy(p))
-    score = shift(alpha.detach(), price, problem.limit).cpu() / space.cost
-    return Ranking(score, fill(score, space.cost, problem.limit))
+    score = limits.shift(alpha.detach()).cpu()
+    return Ranking(score, limits.fill(score, density=True))
+
+
+@dataclass(frozen=True)
+class _Phases:
+    """What happens at which step."""
+
+    steps: int
+    warmup: float
+    cold: float
+    ramp: float
+    last: float
+
+    def warm(self, step: int) -> bool:
+        return step < round(self.warmup * self.steps)
+
+    def temperature(self, step: int) -> float:
+        """From 1 down to `cold`, from the end of the warm-up on."""
+        start = round(self.warmup * self.steps)
+        return float(self.cold ** ((step - start) / max(1, self.steps - start)))
+
+    def ease(self, step: int) -> float:
+        """How far the limit on inference is still relaxed: 1 in the warm-up, then down to 0."""
+        done = step - round(self.warmup * self.steps)
+        return 1.0 if done < 0 else max(0.0, 1 - (done + 1) / max(1, self.ramp * self.steps))
+
+    def hard(self, step: int) -> bool:
+        return step >= self.steps - round(self.last * self.steps)

@@ -2,14 +2,13 @@
 
 `random` groups channels into whole vectors, as published random baselines do; `random:unit` draws
 the units of the space.  At 0.01 % single channels drawn all over the backbone are far stronger
-than whole modules, so a search has to be shown beside both.
+than whole modules, so a search has to be shown beside both.  Prune masks are drawn by unit.
 """
 
 from __future__ import annotations
 
 import torch
 
-from searchpet.budget import fill
 from searchpet.errors import unknown
 from searchpet.strategies import Problem, Ranking
 
@@ -27,13 +26,11 @@ def search(problem: Problem, *, variant: str = "module") -> Ranking:
     space = problem.space
     units = torch.arange(len(space))
     if variant == "module":
-        atoms = torch.tensor([p.atoms for p in space.placements])[space.owner]
-        label = torch.where(atoms, len(space.placements) + units, space.owner)
+        alone = space.prunes | torch.tensor([p.atoms for p in space.placements])[space.owner]
+        label = torch.where(alone, len(space.placements) + units, space.owner)
         _, group = torch.unique(label, return_inverse=True)
     else:
         group = units
-    count = int(group.max()) + 1
-    cost = torch.zeros(count, dtype=torch.int64).index_add_(0, group, space.cost)
-    score = torch.rand(count, generator=problem.generator, dtype=torch.float64)
-    keep = fill(score, cost, problem.limit)
-    return Ranking(score[group], keep[group])
+    draws = torch.rand(int(group.max()) + 1, generator=problem.generator, dtype=torch.float64)
+    score = draws[group]
+    return Ranking(score, problem.limits.fill(score, group=group))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from searchpet.budget import fill, shift
+from searchpet.errors import InputError
 from searchpet.gates import concrete, decided, entropy
 from searchpet.strategies import Problem, Ranking, descend
 
@@ -32,7 +33,14 @@ def search(
     lr: float = 0.0,  # 0: calibrated per kind
     radius: float = 0.01,  # DARTS': eps = radius / |v|
 ) -> Ranking:
-    """Learn alpha (units,), then keep units by p within the limit."""
+    """Learn alpha (units,), then keep units by p within the limit.
+
+    Raises InputError for a space with prune masks.
+    """
+    if problem.keep is not None:
+        raise InputError("s3pet searches PET alone, as published, but the search is to keep "
+                         f"{problem.keep.text} of the {problem.keep.measure}; take --strategy "
+                         "bilevel to search both")
     net, space, device = problem.net, problem.space, problem.net.home
     price = space.cost.to(device).double()
     alpha = torch.zeros(len(space), device=device, requires_grad=True)

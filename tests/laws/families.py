@@ -92,8 +92,18 @@ def some(units: int, seed: int, share: float = 0.5) -> Tensor:
 
 
 def every_kind(**options: dict[str, Any]) -> list[Rule]:
-    """Every kind wherever it fits, each coordinate a unit.  options: by kind."""
-    return [rule(kind, "atom", options.get(kind)) for kind in catalog.names("deltas")]
+    """Every kind of PET wherever it fits, each coordinate a unit.  options: by kind."""
+    return [rule(kind, "atom", options.get(kind)) for kind in kinds(neutral=0)]
+
+
+def every_mask(**options: dict[str, Any]) -> list[Rule]:
+    """Every prune mask wherever it fits, each coordinate a unit.  options: by kind."""
+    return [rule(kind, "atom", options.get(kind)) for kind in kinds(neutral=1)]
+
+
+def kinds(neutral: float) -> list[str]:
+    """Names of the kinds that are silent at this gate."""
+    return [k for k in catalog.names("deltas") if catalog.get("deltas", k).neutral == neutral]
 
 
 def supernet(of: nn.Module, placed: Space, *, trained: bool = True, seed: int = 0) -> Supernet:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from searchpet import catalog
-from searchpet.deltas import Delta
+from searchpet.deltas import Delta, Stage
 from searchpet.errors import InputError
 from searchpet.site import Site
 from searchpet.space import make
@@ -22,12 +22,16 @@ SITES = [
     Site("m.linear", "attention.query", 0, "linear", "encoder", 5, 7),
     Site("m.norm", "norm.ffn", 1, "norm", "encoder", 6, 6),
     Site("m.block", "ffn.block", 1, "block", "encoder", 5, 8, source="m.block"),
+    Site("m.mixed", "attention.output", 1, "linear", "encoder", 8, 5, heads=4, kv_heads=2),
+    Site("m.down", "ffn.out", 1, "linear", "encoder", 12, 5),
+    Site("m", "layer", 1, "layer", "encoder", 6, 6),
 ]
 # beside each kind's defaults; a new kind needs no entry
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 3}, {"bottleneck": 3, "stage": "parallel", "scaling": 4.0}],
     "lora": [{"rank": 3}, {"rank": 4, "alpha": 2.0, "rank_stabilised": True}],
     "lowrank_adapter": [{"reduction": 2}],
+    "neurons": [{"most": 4, "multiple": 1}, {"most": 5, "multiple": 1}],
 }
 LOUD = [("lowrank_adapter", SITES[2], {"glorot": True})]  # documented as not silent at init
 KINDS = catalog.names("deltas")
@@ -45,6 +49,11 @@ def name(case: Any) -> str:
 
 every_case = pytest.mark.parametrize("case", CASES + LOUD, ids=name)
 silent_case = pytest.mark.parametrize("case", CASES, ids=name)
+
+
+def at(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
+    """What the delta is added to."""
+    return x if delta.stage == "input" else y
 
 
 def build(case: Any, perturbed: bool = True) -> Delta:
@@ -67,8 +76,10 @@ def data(delta: Delta, seed: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def keeps(delta: Delta, source: st.DataObject) -> Tensor:
-    """Any choice of coordinates but none, bool (width,)."""
-    kept = source.draw(st.sets(st.integers(0, delta.width - 1), min_size=1))
+    """Any choice of coordinates, bool (width,); none only of a mask, which may remove all."""
+    fewest = 1 if delta.neutral == 0 else 0
+    kept = source.draw(st.sets(st.integers(0, max(0, delta.width - 1)), min_size=fewest,
+                               max_size=delta.width))
     keep = torch.zeros(delta.width, dtype=torch.bool)
     keep[sorted(kept)] = True
     return keep
@@ -90,7 +101,7 @@ def test_silent_at_neutral_gates_whatever_the_weights(case: Any) -> None:
     delta = build(case)
     x, y = data(delta)
     out = delta(x, y, torch.full((delta.width,), delta.neutral))
-    assert out.expand_as(y).shape == y.shape
+    assert out.expand_as(at(delta, x, y)).shape == at(delta, x, y).shape
     assert not out.any()
 
 
@@ -103,7 +114,7 @@ def test_cost_is_a_count_per_coordinate_and_sums_to_the_parameters(case: Any) ->
         cost = delta.cost()
         assert cost.dtype == torch.int64 and cost.shape == (delta.width,)
         assert cost.device.type == "cpu"
-        assert bool((cost > 0).all())
+        assert bool((cost > 0).all()) if delta.neutral == 0 else not cost.any()
         assert int(cost.sum()) == sum(p.numel() for p in delta.parameters())
 
 
@@ -112,14 +123,16 @@ def test_a_delta_has_the_site_and_trains_all_its_parameters(case: Any) -> None:
     delta = build(case)
     assert delta.site == case[1] and delta.width >= 1
     assert all(p.requires_grad and p.dtype == torch.float32 for p in delta.parameters())
-    assert delta.stage in ("parallel", "sequential")
+    assert delta.stage in get_args(Stage)
+    assert delta.neutral == 0 or not list(delta.parameters())
 
 
 @every_case
 def test_every_parameter_has_a_gradient_once_weights_are_perturbed(case: Any) -> None:
     delta = build(case)
     x, y = data(delta)
-    delta(x, y, torch.full((delta.width,), 0.7)).square().sum().backward()
+    x.requires_grad_()  # masks have no parameters: nothing else would have a gradient
+    delta(x, y.requires_grad_(), torch.full((delta.width,), 0.7)).square().sum().backward()
     for p in delta.parameters():
         assert p.grad is not None and bool((p.grad != 0).any())
 
@@ -127,6 +140,9 @@ def test_every_parameter_has_a_gradient_once_weights_are_perturbed(case: Any) ->
 @every_case
 def test_every_number_has_moved_after_two_steps_from_init(case: Any) -> None:
     delta = build(case, perturbed=False)
+    if not list(delta.parameters()):
+        assert delta.neutral == 1  # a mask has nothing to train
+        return
     x, y = data(delta)
     target = data(delta, seed=2)[1]
     before = [p.detach().clone() for p in delta.parameters()]
@@ -204,8 +220,9 @@ def test_gates_per_example_are_gates_row_by_row(case: Any) -> None:
     delta = build(case)
     x, y = data(delta)
     z = torch.rand(len(y), 1, delta.width)
-    rows = [delta(x[i], y[i], z[i, 0]).expand_as(y[i]) for i in range(len(y))]
-    torch.testing.assert_close(delta(x, y, z).expand_as(y), torch.stack(rows))
+    to = at(delta, x, y)
+    rows = [delta(x[i], y[i], z[i, 0]).expand_as(to[i]) for i in range(len(y))]
+    torch.testing.assert_close(delta(x, y, z).expand_as(to), torch.stack(rows))
 
 
 @every_case
@@ -233,7 +250,7 @@ def test_gradients_are_exact(case: Any) -> None:
 
     def forward(x: Tensor, y: Tensor, z: Tensor, *parameters: Tensor) -> Tensor:
         own = dict(zip(names, parameters, strict=True))
-        return torch.func.functional_call(delta, own, (x, y, z)).expand_as(y)
+        return torch.func.functional_call(delta, own, (x, y, z)).expand_as(at(delta, x, y))
 
     assert torch.autograd.gradcheck(forward, (x, y, z, *values))
 

@@ -1,0 +1,246 @@
+"""Limits: the budgets of a search on the units of a space, solved in order, prune first.
+
+A PET unit's price depends on what pruning leaves of its host: a LoRA atom on a query projection
+of which half the attention heads go has half the rows.  So the prune units are settled first, on
+what inference may cost, then the PET units on the parameters that the rest costs.  In a search
+`shift` does so with probabilities, at its end `fill` does so exactly.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from searchpet.budget import fill, fill_to, shift, shift_to
+from searchpet.errors import InputError
+from searchpet.hosts import NOTHING, Hosts, Live, Mask, Ties
+from searchpet.inference import Cost
+from searchpet.site import Site
+from searchpet.space import Placement, Space
+from searchpet.spec import Entry, Ratio
+
+
+@dataclass(frozen=True)
+class Keep:
+    """What inference may cost: `limit` of the measure (flops, weights, latency), as asked for in
+    `text`; `cost` gives it as a function of the gates (units,).
+    """
+
+    measure: str
+    text: str
+    limit: float
+    cost: Cost
+
+
+def masks_of(space: Space) -> list[Mask]:
+    """The space's prune masks; ids are units."""
+    return [Mask(p.site, space.unit[p.start : p.start + p.width], p.run)
+            for p in space.placements if p.neutral == 1]
+
+
+class Limits:
+    """limit: parameters of the kept PET units together;  keep: what inference may cost."""
+
+    def __init__(self, space: Space, limit: int, keep: Keep | None = None) -> None:
+        if bool(space.prunes.any()) != (keep is not None):
+            raise InputError("prune masks in a space and a limit on what is kept need each other: "
+                             "give --keep-flops with the kinds heads, neurons, sublayers, layers, "
+                             f"but space {space.name} has {int(space.prunes.sum())} of their "
+                             f"units and the limit is {keep.text if keep else 'absent'}")
+        self.space, self.limit, self.keep = space, limit, keep
+        self.prune = space.prunes.nonzero().squeeze(-1)
+        self.pet = (~space.prunes).nonzero().squeeze(-1)
+        self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
+        self._prices = _Prices(space, self.hosts) if self.hosts else None
+
+    def price(self, z: Tensor) -> Tensor:
+        """Expected parameters of each unit (units,), float64, where prune gates are z (units,)."""
+        if self._prices is None:
+            return self.space.cost.to(z.device).double()
+        return self._prices.at(z)
+
+    def shift(self, alpha: Tensor, beta: float = 1.0, ease: float = 0.0) -> Tensor:
+        """p (units,) float64 that meets both budgets in expectation; differentiable in alpha.
+
+        ease in [0, 1]: how far the limit on what is kept is still relaxed towards everything.
+        """
+        if self.keep is None:
+            return shift(alpha, self.price(alpha), self.limit, beta)
+        p = alpha.new_ones(len(self.space), dtype=torch.float64)
+        prune, pet = self.prune.to(alpha.device), self.pet.to(alpha.device)
+        cost = self.keep.cost
+        limit = self.keep.limit + ease * (cost.dense - self.keep.limit)
+        open_pet = p.detach().clone()
+
+        def kept(q: Tensor) -> Tensor:
+            return cost.at(open_pet.index_put((prune,), q))
+
+        chosen = shift_to(alpha[prune], kept, limit, beta)
+        p = p.index_put((prune,), chosen)
+        price = self.price(p.detach())[pet]
+        return p.index_put((pet,), shift(alpha[pet], price.clamp(min=1e-9), self.limit, beta))
+
+    def fill(self, score: Tensor, *, density: bool = False, group: Tensor | None = None,
+             ) -> Tensor:
+        """keep (units,) bool: best scores first, never above either budget.
+
+        density: PET units go by score per parameter.  group: int64 (units,), PET units that are
+        kept or left together and have the same score.
+        """
+        score = score.detach().cpu().double()
+        keep = torch.ones(len(self.space), dtype=torch.float64)
+        if self.keep is not None:
+            cost, guarded = self.keep.cost, score.clone()
+            guarded[self.lifeline(score)] = torch.inf
+            keep[self.prune] = fill_to(
+                guarded[self.prune],
+                lambda q: cost.at(keep.index_put((self.prune,), q)), self.keep.limit).double()
+        price = self.price(keep).round().long()[self.pet]
+        alive = price > 0
+        chosen, cost_of = self.pet[alive], price[alive]
+        keep[self.pet] = 0
+        if group is not None:
+            keep[chosen[_fill_groups(score[chosen], cost_of, self.limit, group[chosen])]] = 1
+        else:
+            worth = score[chosen] / cost_of if density else score[chosen]
+            keep[chosen[fill(worth, cost_of, self.limit)]] = 1
+        return keep.bool()
+
+    def lifeline(self, score: Tensor) -> Tensor:
+        """Prune units that always stay: in every stack a layer with something in each sublayer.
+
+        The layer is the one with the best mean score (units,), what stays in it the best as well.
+        """
+        layers: dict[tuple[str, int], list[Tensor]] = defaultdict(list)
+        for p in self.space.placements:
+            if p.neutral == 1:
+                layers[p.site.part, p.site.layer].append(
+                    self.space.unit[p.start : p.start + p.width])
+        best: dict[str, tuple[float, Tensor]] = {}
+        for (part, _), masks in layers.items():
+            mean = float(score[torch.cat(masks)].mean())
+            if part not in best or mean > best[part][0]:
+                best[part] = mean, torch.stack([units[score[units].argmax()] for units in masks])
+        return torch.cat([units for _, units in best.values()])
+
+    def parameters(self, keep: Tensor) -> int:
+        """Exact parameters of the kept PET units on what is left of their hosts."""
+        price = self.price(keep.cpu().double()).round().long()
+        return int(price[keep.cpu() & ~self.space.prunes].sum())
+
+    def kept(self, keep: Tensor) -> float:
+        """What the kept units leave of the measure on inference."""
+        assert self.keep is not None
+        return float(self.keep.cost.at(torch.where(
+            self.space.prunes, keep.cpu(), torch.ones_like(keep.cpu())).double()))
+
+    def plan(self, keep: Tensor) -> tuple[Ratio, ...]:
+        """Shares that the prune masks keep, by role and relative depth."""
+        depth = {part: max(s.layer for s in self.space.sites if s.part == part and s.form
+                           != "norm") for part in {s.part for s in self.space.sites}}
+        found = []
+        for p in self.space.placements:
+            if p.neutral == 1:
+                units = self.space.unit[p.start : p.start + p.width]
+                above = self.hosts.ties(p.site).above if self.hosts else ()
+                alive = all(bool(keep[i]) for i in above)
+                found.append(Ratio(
+                    part=p.site.part, role=p.site.role, kind=p.kind,
+                    depth=p.site.layer / max(1, depth[p.site.part]),
+                    kept=float(keep.cpu()[units].double().mean()) if alive else 0.0))
+        return tuple(found)
+
+    def entries(self, keep: Tensor) -> tuple[Entry, ...]:
+        """The spec's entries: what is removed already has no mask or PET entry of its own."""
+        entries = self.space.entries(keep)
+        if self.hosts is None:
+            return entries
+        sites = {(site.path, site.role): site for site in self.hosts.sites}
+        atoms = {(p.site.path, p.site.role, p.kind): p for p in self.space.placements}
+        found = []
+        for entry in entries:
+            site = sites[entry.path, entry.role]
+            place = atoms[entry.path, entry.role, entry.kind]
+            left = self._left(entry, site, place, keep.cpu())
+            if left is not None:
+                found.append(left)
+        return tuple(found)
+
+    def _left(self, entry: Entry, site: Site, place: Placement, keep: Tensor) -> Entry | None:
+        """The entry without what hangs on something removed; None if nothing is left."""
+        assert self.hosts is not None
+        if place.neutral == 1:
+            above = self.hosts.ties(site).above
+            own = set(self.space.unit[place.start : place.start + place.width].tolist())
+            return entry if all(bool(keep[i]) for i in above if i not in own) else None
+        live = self.hosts.live(site, keep)
+        if live is None:
+            return None
+        kept = kept_channels(entry.kept, place.atoms, place.width, site, live)
+        return entry.model_copy(update={"kept": kept}) if kept else None
+
+
+def _fill_groups(score: Tensor, cost: Tensor, limit: int, group: Tensor) -> Tensor:
+    """`fill` over groups: bool per unit."""
+    names, number = torch.unique(group, return_inverse=True)
+    total = torch.zeros(len(names), dtype=torch.int64).index_add_(0, number, cost)
+    worth = torch.zeros(len(names), dtype=torch.float64).index_copy_(0, number, score)
+    return fill(worth, total, limit)[number]
+
+
+def kept_channels(kept: Sequence[int], atoms: bool, width: int, site: Site, live: Live,
+                  ) -> list[int]:
+    """Coordinates that still have an output feature, in the original numbering."""
+    if atoms or live.outs is None or width != site.d_out:
+        return list(kept)
+    left = set(live.outs.tolist())
+    return [c for c in kept if c in left]
+
+
+class _Prices:
+    """Parameters of each PET unit as a function of the prune gates.
+
+    Every kind costs a fixed number per coordinate, so many per input feature, so many per output
+    feature; the last two are differences of the kind's own count.
+    """
+
+    def __init__(self, space: Space, hosts: Hosts) -> None:
+        self.space = space
+        self.parts = [(p, hosts.ties(p.site), *space.slopes(p))
+                      for p in space.placements if p.neutral == 0]
+
+    def at(self, z: Tensor) -> Tensor:
+        """z (units,) -> (units,) float64; 0 for prune units."""
+        z = z.double()
+        padded = torch.cat([z, z.new_ones(1)])
+        price = torch.zeros(len(self.space), dtype=torch.float64, device=z.device)
+        for place, ties, base, per_in, per_out in self.parts:
+            units = self.space.unit[place.start : place.start + place.width].to(z.device)
+            alive = _alive(ties, z)
+            outs = padded[_padded(ties.outs, len(z))]
+            if place.atoms or place.width != place.site.d_out:
+                ins = padded[_padded(ties.ins, len(z))]
+                lost = per_in * (len(ins) - ins.sum()) + per_out * (len(outs) - outs.sum())
+                cost = (base - lost) * (ins.sum() > 0) * (outs.sum() > 0)
+            else:
+                cost = base * outs
+            price.index_add_(0, units, (alive * cost).expand(place.width).to(price))
+        return price
+
+
+def _alive(ties: Ties, z: Tensor) -> Tensor:
+    """Whether the site is there at all: its masks' gates, and something left to mix."""
+    alive = z.new_ones(())
+    for i in ties.above:
+        alive = alive * z[i]
+    if ties.mixed:
+        alive = alive * (z[torch.tensor(ties.mixed, device=z.device)].sum() > 0)
+    return alive
+
+
+def _padded(ids: Tensor, last: int) -> Tensor:
+    return torch.where(ids == NOTHING, last, ids)

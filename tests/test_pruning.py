@@ -1,0 +1,254 @@
+"""Prune masks in a space, what they cost, and that masked and removed models are one function."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from searchpet import catalog
+from searchpet.apply import apply, trained_tensors, write_tensors
+from searchpet.backbone import config_hash
+from searchpet.discover import discover
+from searchpet.errors import InputError
+from searchpet.flops import flops as counted
+from searchpet.limits import Keep, Limits
+from searchpet.propose import Ask
+from searchpet.pruning import Prune, asked, keep_of
+from searchpet.space import Space
+from searchpet.spec import BackboneId, BudgetUse, KeepUse, Spec
+from searchpet.supernet import Supernet
+from tests.laws import families as tiny
+from tests.laws.problems import Draws, problem
+
+MASKS = tiny.every_mask(neurons={"most": 6, "multiple": 2})
+PET = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("bias", "channel"),
+       tiny.rule("scale", "module"), tiny.rule("adapter", "atom", {"bottleneck": 2})]
+
+
+def limits_on(model: nn.Module, share: str = "60%", limit: int = 10**6,
+              measure: str = "flops") -> Limits:
+    space = Space("test", discover(model), [*PET, *MASKS])
+    return Limits(space, limit, keep_of(Prune(measure, share), model, space))
+
+
+def spec_for(model: nn.Module, limits: Limits, keep: torch.Tensor) -> Spec:
+    used = limits.parameters(keep)
+    assert limits.keep
+    count = sum(p.numel() for p in model.parameters())
+    return Spec(
+        backbone=BackboneId(name="tiny", revision=None, config_hash=config_hash(model.config),
+                            parameters=count),
+        entries=limits.entries(keep),
+        budget=BudgetUse(text=str(used), limit=used, used=used, slack=0, denominator=count),
+        keep=KeepUse(measure=limits.keep.measure, text=limits.keep.text, limit=limits.keep.limit,
+                     used=limits.kept(keep), dense=limits.keep.cost.dense),
+        plan=limits.plan(keep))
+
+
+def scores(limits: Limits, seed: int) -> torch.Tensor:
+    return torch.rand(len(limits.space), generator=torch.Generator().manual_seed(seed))
+
+
+every_family = pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "gpt_neox", "t5", "vit"])
+
+
+@every_family
+@pytest.mark.parametrize("seed", range(3))
+def test_masked_and_removed_models_are_one_function(family: str, seed: int) -> None:
+    masked, removed = tiny.model(family), tiny.model(family)
+    limits = limits_on(masked)
+    spec = spec_for(masked, limits, limits.fill(scores(limits, seed)))
+    for model, remove in ((masked, False), (removed, True)):
+        apply(model, spec, remove=remove)
+    tiny.perturb(masked.searchpet.deltas.parameters(), 0.3, seed)
+    tensors = trained_tensors(masked, tiny.head_of(masked))
+    write_tensors(removed, tiny.head_of(removed), tensors, "test")
+    batch = tiny.inputs(family)
+    torch.testing.assert_close(tiny.logits(removed, batch), tiny.logits(masked, batch),
+                               rtol=1e-4, atol=1e-4)
+    assert sum(p.numel() for p in removed.parameters()) < sum(
+        p.numel() for p in masked.parameters())
+
+
+@every_family
+def test_the_price_of_a_structure_is_what_is_built_and_counted(family: str) -> None:
+    model = tiny.model(family)
+    limits = limits_on(model)
+    assert limits.keep
+    dense = sum(counted(model).values())
+    assert limits.keep.cost.dense == dense
+    keep = limits.fill(scores(limits, 7))
+    spec = spec_for(model, limits, keep)
+    apply(model, spec, remove=True)
+    assert sum(p.numel() for p in model.searchpet.deltas.parameters()) == limits.parameters(keep)
+    model.searchpet.detach()
+    del model.searchpet
+    assert sum(counted(model).values()) == pytest.approx(limits.kept(keep), rel=1e-9)
+    assert limits.kept(keep) <= limits.keep.limit <= 0.6 * dense
+
+
+@pytest.mark.parametrize("share", ["30%", "60%", "95%"])
+@pytest.mark.parametrize("limit", [40, 400, 4000])
+def test_both_budgets_hold_in_expectation_and_in_the_choice(share: str, limit: int) -> None:
+    limits = limits_on(tiny.model("bert"), share, limit)
+    assert limits.keep
+    for seed in range(5):
+        alpha = 3 * torch.randn(len(limits.space),
+                                generator=torch.Generator().manual_seed(seed)).double()
+        p = limits.shift(alpha)
+        gates = torch.where(limits.space.prunes, p, 1.0)
+        assert float(limits.keep.cost.at(gates)) == pytest.approx(limits.keep.limit, rel=1e-6)
+        price = limits.price(p)
+        total = float(price.sum())
+        assert float((p * price).sum()) == pytest.approx(min(limit, total), rel=1e-6)
+        keep = limits.fill(p)
+        assert limits.kept(keep) <= limits.keep.limit
+        assert limits.parameters(keep) <= limit
+
+
+def test_the_gradient_of_both_shifts_is_the_difference_quotient() -> None:
+    limits = limits_on(tiny.model("bert"), "50%", 300)
+    generator = torch.Generator().manual_seed(0)
+    alpha = torch.randn(len(limits.space), generator=generator).double().requires_grad_()
+    direction = torch.randn(len(limits.space), generator=generator).double()
+    # of the PET units' price alone the gradient is left out, so their part is held apart
+    prune = limits.space.prunes.double()
+    (found,) = torch.autograd.grad((limits.shift(alpha) * direction * prune).sum(), alpha)
+    for i in limits.prune[:6].tolist():
+        step = torch.zeros_like(alpha)
+        step[i] = 1e-5
+        above, below = ((limits.shift(alpha.detach() + s) * direction * prune).sum()
+                        for s in (step, -step))
+        assert float(found[i]) == pytest.approx(float(above - below) / 2e-5, rel=1e-4, abs=1e-7)
+
+
+def test_pet_on_a_half_removed_host_costs_half() -> None:
+    model = tiny.model("bert")
+    space = Space("test", discover(model), [
+        tiny.rule("lora", "atom", role="attention.query"), tiny.rule("bias", "channel"),
+        tiny.rule("heads", "atom")])
+    limits = Limits(space, 10**6, keep_of(Prune("weights", "90%"), model, space))
+    z = torch.ones(len(space))
+    assert torch.equal(limits.price(z).long(), space.cost)
+    first = next(p for p in space.placements if p.kind == "heads")
+    z[space.unit[first.start]] = 0
+    by_kind = {p.kind: limits.price(z)[space.unit[p.start : p.start + p.width]]
+               for p in space.placements if p.site.role == "attention.query"
+               and p.site.layer == first.site.layer}
+    assert by_kind["lora"].tolist() == [16 + 8]
+    assert by_kind["bias"].tolist() == [0.0] * 8 + [1.0] * 8
+    z[space.unit[first.start : first.start + first.width]] = 0  # nothing left to mix
+    dead = [p for p in space.placements if p.site.role.startswith("attention")
+            and p.site.layer == first.site.layer and p.kind != "heads"]
+    assert dead and all(not limits.price(z)[space.unit[p.start : p.start + p.width]].any()
+                        for p in dead)
+
+
+def test_a_search_with_masks_finds_what_does_not_matter() -> None:
+    """bilevel removes the neurons and attention heads whose outputs are scaled to nothing."""
+    model = tiny.model("bert")
+    space = Space("test", discover(model), [
+        tiny.rule("lora", "atom"), *tiny.every_mask(neurons={"most": 4, "multiple": 1})[:1],
+        tiny.rule("neurons", "atom", {"most": 4, "multiple": 1})])
+    useless = {}
+    with torch.no_grad():
+        for p in space.placements:
+            if p.neutral == 1:
+                weight = model.get_submodule(p.site.path).weight
+                weight.mul_(4)
+                for c in range(0, p.width, 2):
+                    weight[:, c * p.run : (c + 1) * p.run] *= 1e-4
+                    useless[int(space.unit[p.start + c])] = True
+    keep = keep_of(Prune("weights", "55%"), model, space)
+    teacher = copy.deepcopy(model)
+
+    def answer(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return tiny.logits(teacher, batch).argmax(-1)
+
+    given = problem(model, space, 200, steps=100, train=Draws(0, rows=32, label=answer),
+                    valid=Draws(1, rows=32, label=answer))
+    given.keep = keep
+    ranking = catalog.get("strategies", "bilevel")(given)
+    given.net.remove()
+    gone = [i for i in given.limits.prune.tolist() if not ranking.keep[i]]
+    assert given.limits.kept(ranking.keep) <= keep.limit
+    assert len(gone) >= 4
+    assert sum(i in useless for i in gone) >= 0.75 * len(gone)
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_controls_obey_both_budgets(name: str) -> None:
+    model = tiny.model("bert")
+    space = Space("test", discover(model), [*PET, *MASKS])
+    given = problem(model, space, 300)
+    given.keep = keep_of(Prune("flops", "50%"), model, space)
+    ranking = catalog.get("strategies", name)(given)
+    assert 0 < given.limits.parameters(ranking.keep) <= 300
+    assert 0.2 < given.limits.kept(ranking.keep) / given.keep.cost.dense <= 0.5
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"keep_flops": "0%"}, "--keep-flops must be a share in"),
+    ({"keep_flops": "100%"}, "--keep-flops must be a share in"),
+    ({"keep_weights": "half"}, "--keep-weights must be a share in"),
+    ({"keep_flops": "60%", "keep_weights": "60%"}, "one limit on inference at a time"),
+    ({"masks": "prune/layers"}, "--masks needs a limit"),
+])
+def test_what_cannot_be_asked_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        asked(given.get("keep_flops"), given.get("keep_weights"), given.get("masks"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_limit_below_what_masks_can_reach_is_refused() -> None:
+    model = tiny.model("bert")
+    space = Space("test", discover(model), [*PET, tiny.rule("heads", "atom")])
+    with pytest.raises(InputError, match="must leave what the masks .* cannot remove, .*%"):
+        keep_of(Prune("flops", "10%"), model, space)
+
+
+def test_masks_and_a_limit_need_each_other() -> None:
+    model = tiny.model("bert")
+    with pytest.raises(InputError, match="need each other"):
+        Limits(Space("test", discover(model), [*PET, *MASKS]), 100)
+    with pytest.raises(InputError, match="masks alone"):
+        Ask(space="prune/layers").units(model)
+
+
+def test_a_spec_that_puts_pet_on_what_it_removes_is_refused() -> None:
+    model = tiny.model("bert")
+    limits = limits_on(model, "40%")
+    keep = limits.fill(scores(limits, 0))
+    spec = spec_for(model, limits, keep)
+    whole = Space("test", discover(model), PET)
+    every = whole.entries(torch.ones(len(whole), dtype=torch.bool))
+    masks = tuple(e for e in spec.entries if e.kind in tiny.kinds(neutral=1))
+    with pytest.raises(InputError, match="must not put PET on"):
+        apply(model, spec.model_copy(update={"entries": (*every, *masks)}))
+
+
+def test_supernet_gates_of_masks_are_the_masks() -> None:
+    """A search's gate of 0 is what apply removes."""
+    model, other = tiny.model("bert"), tiny.model("bert")
+    limits = limits_on(model)
+    keep = limits.fill(scores(limits, 3))
+    net = Supernet(model, limits.space, tiny.head_of(model), 0)
+    net.z = torch.where(limits.space.prunes, keep, False).float()
+    apply(other, spec_for(other, limits, keep), remove=True)
+    other.searchpet.z = [torch.zeros_like(z) for z in other.searchpet.z]
+    batch = tiny.inputs("bert")
+    torch.testing.assert_close(tiny.logits(model, batch), tiny.logits(other, batch),
+                               rtol=1e-4, atol=1e-5)
+
+
+def test_keep_is_a_number_of_the_blocks() -> None:
+    model = tiny.model("bert")
+    space = Space("test", discover(model), [*PET, *MASKS])
+    keep: Keep = keep_of(Prune("weights", "50%"), model, space)
+    # a block of BERT: q, k, v, o of 16 x 16, the feed-forward's 16 x 24 and 24 x 16
+    assert keep.cost.dense == 2 * (4 * 16 * 16 + 2 * 16 * 24)
+    assert keep.limit == keep.cost.dense // 2
