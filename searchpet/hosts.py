@@ -5,7 +5,8 @@ file says which mask coordinates a site's features and existence hang on.  Rows 
 value hang on the attention heads of the output projection that follows, rows of the feed-forward's
 first matrices on the neurons of its second; everything in a sublayer on its mask and on what is
 left in it; everything in a layer on the layer's mask.  Norms beside a sublayer stay with the
-layer: in a post-norm block they act on the residual stream, which passes by.
+layer: in a post-norm block they act on the residual stream, which passes by.  A norm on the output
+inside the residual branch (role `norm.*_post`) goes with the sublayer.
 """
 
 from __future__ import annotations
@@ -86,6 +87,8 @@ class Hosts:
         prefix, _, part = site.role.partition(".")
         beside = self._blocks[site.part, site.layer]
         above = self._ids(beside, "layer")
+        if prefix == "norm" and part.endswith("_post"):  # inside the residual branch
+            above += self._ids(beside, f"{part.removesuffix('_post')}.block", site)
         if prefix not in ("attention", "cross_attention", "ffn"):
             return Ties(free_in, free_out, above, ())
         above += self._ids(beside, f"{prefix}.block", site)
@@ -97,7 +100,9 @@ class Hosts:
         mixed = tuple(mask.ids.tolist())
         if site.form == "linear" and site.path == output.path:
             return Ties(_spread(mask, site.d_in), free_out, above, mixed)
-        if site.form == "linear" and part in _MIXED:
+        # further linears of an attention have rows per head where they are as wide
+        rows = part in _MIXED or (part == "other" and site.d_out == output.d_in)
+        if site.form == "linear" and rows:
             return Ties(free_in, _spread(mask, site.d_out), above, mixed)
         return Ties(free_in, free_out, above, mixed)
 

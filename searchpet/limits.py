@@ -9,7 +9,7 @@ what inference may cost, then the PET units on the parameters that the rest cost
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,15 +43,19 @@ def masks_of(space: Space) -> list[Mask]:
 
 
 class Limits:
-    """limit: parameters of the kept PET units together;  keep: what inference may cost."""
+    """limit: parameters of the kept PET units together;  keep: what inference may cost.
 
-    def __init__(self, space: Space, limit: int, keep: Keep | None = None) -> None:
+    settled: bool (units,), which prune units stay, where that is decided already.
+    """
+
+    def __init__(self, space: Space, limit: int, keep: Keep | None = None,
+                 settled: Tensor | None = None) -> None:
         if bool(space.prunes.any()) != (keep is not None):
             raise InputError("prune masks in a space and a limit on what is kept need each other: "
                              "give --keep-flops with the kinds heads, neurons, sublayers, layers, "
                              f"but space {space.name} has {int(space.prunes.sum())} of their "
                              f"units and the limit is {keep.text if keep else 'absent'}")
-        self.space, self.limit, self.keep = space, limit, keep
+        self.space, self.limit, self.keep, self.settled = space, limit, keep, settled
         self.prune = space.prunes.nonzero().squeeze(-1)
         self.pet = (~space.prunes).nonzero().squeeze(-1)
         self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
@@ -70,19 +74,27 @@ class Limits:
         """
         if self.keep is None:
             return shift(alpha, self.price(alpha), self.limit, beta)
-        p = alpha.new_ones(len(self.space), dtype=torch.float64)
+        p = alpha.detach().new_ones(len(self.space), dtype=torch.float64)
         prune, pet = self.prune.to(alpha.device), self.pet.to(alpha.device)
-        cost = self.keep.cost
-        limit = self.keep.limit + ease * (cost.dense - self.keep.limit)
-        open_pet = p.detach().clone()
-
-        def kept(q: Tensor) -> Tensor:
-            return cost.at(open_pet.index_put((prune,), q))
-
-        chosen = shift_to(alpha[prune], kept, limit, beta)
-        p = p.index_put((prune,), chosen)
+        p = p.index_put((prune,), self._open(alpha[prune], beta, ease))
         price = self.price(p.detach())[pet]
         return p.index_put((pet,), shift(alpha[pet], price.clamp(min=1e-9), self.limit, beta))
+
+    def _open(self, alpha: Tensor, beta: float, ease: float) -> Tensor:
+        """p of the prune units, (prune units,)."""
+        assert self.keep is not None
+        if self.settled is not None:
+            return self.settled[self.prune].to(alpha.device).double()
+        cost = self.keep.cost
+        limit = self.keep.limit + ease * (cost.dense - self.keep.limit)
+        return shift_to(alpha, self._cost_of_prune(alpha.device), limit, beta)
+
+    def _cost_of_prune(self, device: torch.device) -> Callable[[Tensor], Tensor]:
+        """The cost as a function of the prune units' gates alone."""
+        assert self.keep is not None
+        cost, prune = self.keep.cost, self.prune.to(device)
+        ones = torch.ones(len(self.space), dtype=torch.float64, device=device)
+        return lambda q: cost.at(ones.index_put((prune,), q))
 
     def fill(self, score: Tensor, *, density: bool = False, group: Tensor | None = None,
              ) -> Tensor:
@@ -93,12 +105,13 @@ class Limits:
         """
         score = score.detach().cpu().double()
         keep = torch.ones(len(self.space), dtype=torch.float64)
-        if self.keep is not None:
-            cost, guarded = self.keep.cost, score.clone()
+        if self.settled is not None:
+            keep[self.prune] = self.settled.cpu()[self.prune].double()
+        elif self.keep is not None:
+            guarded = score.clone()
             guarded[self.lifeline(score)] = torch.inf
-            keep[self.prune] = fill_to(
-                guarded[self.prune],
-                lambda q: cost.at(keep.index_put((self.prune,), q)), self.keep.limit).double()
+            keep[self.prune] = fill_to(guarded[self.prune], self._cost_of_prune(keep.device),
+                                       self.keep.limit).double()
         price = self.price(keep).round().long()[self.pet]
         alive = price > 0
         chosen, cost_of = self.pet[alive], price[alive]

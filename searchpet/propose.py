@@ -19,6 +19,7 @@ from searchpet.batch import halve
 from searchpet.budget import Budget
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
+from searchpet.importance import importance
 from searchpet.limits import Keep, Limits
 from searchpet.pruning import Prune, keep_of, with_masks
 from searchpet.pruning import used as kept_use
@@ -186,9 +187,11 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
         return loops[-1]
 
     generator = torch.Generator().manual_seed(seed)
+    loss = loss_of(model, precision)
     return Problem(
         net=net, space=net.space, limit=limit, keep=keep, train=session.batches(first, seed),
-        valid=session.batches(second, seed + 1), loss=loss_of(model, precision),
+        valid=session.batches(second, seed + 1), loss=loss,
+        importance=lambda name, batches: importance(name, net, batches, loss, generator),
         rates=session.rates(probes, SEARCH * session.settings.tau), steps=session.settings.steps,
         loop=loop, generator=generator)
 

@@ -53,7 +53,8 @@ def scores(limits: Limits, seed: int) -> torch.Tensor:
     return torch.rand(len(limits.space), generator=torch.Generator().manual_seed(seed))
 
 
-every_family = pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "gpt_neox", "t5", "vit"])
+FAMILIES = ["bert", "llama", "gpt2", "gpt_neox", "t5", "vit"]
+every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
 @every_family

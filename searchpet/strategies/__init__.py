@@ -6,7 +6,7 @@ units with their costs, and the limit; it writes gates and steps parameter group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -32,6 +32,10 @@ class Loop(Protocol):
     def report(self, **figures: float | Tensor) -> None: ...
 
 
+def _unmeasured(name: str, batches: Sequence[Batch]) -> Tensor:
+    raise NotImplementedError(f"this problem cannot measure {name}")
+
+
 @dataclass
 class Problem:
     """All that a strategy may see.
@@ -39,6 +43,8 @@ class Problem:
     limit:     parameters that the kept PET units may cost together.
     keep:      what inference may cost, where the space has prune masks.
     limits:    both, on the space's units: `shift` for probabilities, `fill` for a choice.
+    settled:   which prune units stay, (units,) bool, where that is decided already.
+    importance: importance(name, batches) -> (units,), a score of every prune unit.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates.
@@ -59,11 +65,13 @@ class Problem:
     loop: Callable[..., Loop]
     generator: torch.Generator
     keep: Keep | None = None
+    settled: Tensor | None = None
+    importance: Callable[[str, Sequence[Batch]], Tensor] = _unmeasured
 
     @cached_property
     def limits(self) -> Limits:
         """The budgets on the space's units."""
-        return Limits(self.space, self.limit, self.keep)
+        return Limits(self.space, self.limit, self.keep, self.settled)
 
 
 @dataclass(frozen=True)

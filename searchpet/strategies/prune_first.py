@@ -1,0 +1,36 @@
+"""Prune, then search: units are removed by a score, then PET is searched on what is left.
+
+The order of SparseAdapter-like and Shears-like pipelines (Munoz et al. 2024, arXiv:2404.10934), and
+the control that a joint search has to beat.  `score` names any importance of prune units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from searchpet import catalog
+from searchpet.errors import InputError
+from searchpet.settle import settle
+from searchpet.strategies import Problem, Ranking
+
+TRAINS = True
+
+def search(
+    problem: Problem,
+    *,
+    score: str = "wanda",  # cheap, and better than magnitude in every published comparison
+    allocation: str = "per_cost",  # units of different size can be compared by nothing else
+    batches: int = 8,  # calibration batches; scores settle after a few
+    pet: str = "bilevel",  # the strategy that searches PET on what is left
+) -> Ranking:
+    """Keep prune units by score within the limit on inference, then PET units within theirs.
+
+    Raises InputError where there is nothing to prune, and for an unknown score or allocation.
+    """
+    if problem.keep is None:
+        raise InputError("prune_first prunes, but no limit on inference is given; add "
+                         "--keep-flops 60%")
+    found = problem.importance(score, [problem.train[i] for i in range(batches)])
+    rest = replace(problem, settled=settle(problem.limits, found, allocation))
+    ranking: Ranking = catalog.get("strategies", pet)(rest)
+    return ranking
