@@ -66,15 +66,27 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
     plan = structure(spec, discover(model))
     if remove is None:
         remove = plan.prunes and removable(model, cut(plan)) is None
-    grafts = pet_grafts(plan, seed)
-    _count(model, spec, grafts, head)  # before anything is changed
+    found = pet_grafts(plan, seed)
+    _count(model, spec, found, head)  # before anything is changed
     if remove and plan.prunes:
-        grafts = pet_grafts(plan, seed, renamer(cut_out(model, cut(plan))))
+        found = pet_grafts(plan, seed, renamer(cut_out(model, cut(plan))))
     else:
-        grafts += mask_grafts(plan)
+        found += mask_grafts(plan)
     freeze(model, head)
-    model.searchpet = Grafts(model, grafts)
+    model.searchpet = Grafts(model, found)
     return model
+
+
+def grafts(model: nn.Module) -> Grafts:
+    """The deltas of an applied model."""
+    found = model.searchpet
+    assert isinstance(found, Grafts)  # callers have applied a spec
+    return found
+
+
+def has_masks(model: nn.Module) -> bool:
+    """Whether an applied model prunes by hooks, at its old size."""
+    return any(graft.delta.neutral == 1 for graft in grafts(model).grafts)
 
 
 def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str]) -> None:
@@ -161,10 +173,9 @@ def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],
 
 def trained_tensors(model: nn.Module, head: frozenset[str]) -> dict[str, Tensor]:
     """`path:role:kind/parameter` for deltas, `head/name` for the head."""
-    grafts = model.searchpet
-    assert isinstance(grafts, Grafts)  # callers have applied a spec
     parameters = dict(model.named_parameters())
-    return {**grafts.tensors(), **{f"head/{name}": parameters[name] for name in sorted(head)}}
+    own = {f"head/{name}": parameters[name] for name in sorted(head)}
+    return {**grafts(model).tensors(), **own}
 
 
 @torch.no_grad()

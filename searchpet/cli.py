@@ -65,12 +65,12 @@ def search(
     task: o.TaskName = "agreement", data: o.Data = None, strategy: o.Strategy = "bilevel",
     space: o.SpaceName = None, set_: o.Set = [],  # noqa: B006  typer copies it
     budget: o.Budget = "0.01%", keep_flops: o.KeepFlops = None,
-    keep_weights: o.KeepWeights = None, masks: o.Masks = None, controls: o.Controls = 1,
-    full: o.AlsoFull = False, count_head: o.CountHead = False, seed: o.Seed = 0, steps: o.Steps = 300,
-    batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64,
-    tau: o.Tau = 0.1, lr: o.Lr = None, precision: o.Precision = "fp32",
-    device: o.Device = "auto", test: o.Test = False, out: o.Out = None,
-    resume: o.Resume = False, dry_run: o.DryRun = False, json_: o.Json = False,
+    keep_weights: o.KeepWeights = None, masks: o.Masks = None, distill: o.Distill = None,
+    controls: o.Controls = 1, full: o.AlsoFull = False, count_head: o.CountHead = False,
+    seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
+    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
+    out: o.Out = None, resume: o.Resume = False, dry_run: o.DryRun = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
     """Find a structure within a budget, train it, compare it, save it."""
@@ -88,7 +88,8 @@ def search(
     from searchpet.engine import search as run
 
     with _reporter(quiet) as reporter:
-        result = run(**given, test=test, out=out, resume=resume, listener=reporter)
+        result = run(**given, distill=distill, test=test, out=out, resume=resume,
+                     listener=reporter)
     _finish(result, json_)
 
 
@@ -100,9 +101,9 @@ def train(
     head_only: Annotated[bool, typer.Option("--head-only", help="The head, no spec.")] = False,
     sweep: Annotated[bool, typer.Option(
         "--sweep", help="Try a third and three times --tau too; validation chooses.")] = False,
-    model: o.AnyModel = None, task: o.AnyTask = None, data: o.Data = None, seed: o.Seed = 0,
-    steps: o.Steps = 300, batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1,
-    max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    distill: o.Distill = None, model: o.AnyModel = None, task: o.AnyTask = None,
+    data: o.Data = None, seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
+    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
     out: o.Out = None, resume: o.Resume = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
@@ -115,8 +116,8 @@ def train(
     reference = "full" if full else "head" if head_only else None
     settings = {**o.origin(spec), **o.settings(ctx)} if spec else o.settings(ctx)
     with _reporter(quiet) as reporter:
-        result = run(spec, reference=reference, sweep=sweep, test=test, out=out, resume=resume,
-                     listener=reporter, **settings)
+        result = run(spec, reference=reference, sweep=sweep, distill=distill, test=test, out=out,
+                     resume=resume, listener=reporter, **settings)
     _finish(result, json_)
 
 
@@ -167,6 +168,22 @@ def show(
 
     found = Spec.load(spec)
     _answer(json.loads(found.text()), json_, lambda views: views.structure(found))
+
+
+@app.command()
+def verify(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")], model: o.AnyModel = None,
+    json_: o.Json = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
+) -> None:
+    """Count again what a run claims: parameters, what pruning left, outputs."""
+    from searchpet.verify import verify as count
+
+    found = count(run, model)
+    _answer([dataclasses.asdict(check) for check in found], json_,
+            lambda views: [views.checks(found)])
+    wrong = [check.what for check in found if not check.holds]
+    if wrong:
+        raise InputError(f"a run must be what it says, but {run} is not: {', '.join(wrong)}")
 
 
 @app.command()

@@ -17,6 +17,7 @@ from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Outcome, Session, Settings, asked
 from searchpet.spec import Spec
 from searchpet.task import Split, load_task, read_texts
+from searchpet.teach import taught
 from searchpet.train import evaluate as measure_model
 from searchpet.train import predict as logits_of
 
@@ -47,6 +48,7 @@ def search(
     keep_flops: str | None = None,
     keep_weights: str | None = None,
     masks: str | None = None,
+    distill: str | None = None,
     controls: int = 1,
     full: bool = False,
     test: bool = False,
@@ -62,6 +64,7 @@ def search(
     of the strategy.  `full` also trains full fine-tuning, for reference.
     keep_flops, keep_weights: share such as `60%` of the blocks' FLOPs or matrix elements that may
     stay; the space then also has the masks of the space file `masks`.
+    distill: teacher of every training of a structure, controls included: `full` or a run folder.
     Raises InputError for whatever is wrong with the input.
     """
     chosen = Settings(**settings)
@@ -70,8 +73,8 @@ def search(
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
               prune_to(keep_flops, keep_weights, masks))
     folder = RunFolder(out or default_out(chosen, ask))
-    folder.start(asked(chosen, command="search", **ask.settings(), controls=controls, full=full,
-                       test=test), resume)
+    folder.start(asked(chosen, command="search", **ask.settings(), distill=distill,
+                       controls=controls, full=full, test=test), resume)
     if folder.has("result.json"):
         return Result(folder.path, Spec.load(folder.path), folder.read_json("result.json"))
     session = Session(chosen, listener)
@@ -79,6 +82,7 @@ def search(
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
+    _teach(session, folder, distill)
     main = _find_and_train(session, folder, ask, chosen.seed, test)
     rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
             for i in range(controls) for name in CONTROLS]
@@ -99,6 +103,7 @@ def train(
     *,
     reference: str | None = None,
     sweep: bool = False,
+    distill: str | None = None,
     test: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
@@ -108,6 +113,7 @@ def train(
     """Train a spec, or a reference: `full` fine-tuning or the `head` alone.
 
     sweep: try a third and three times tau as well, choose by validation.
+    distill: teacher of a spec's training: `full` or a run folder.
     Raises InputError for whatever is wrong with the input.
     """
     chosen = Settings(**settings)
@@ -118,12 +124,13 @@ def train(
     folder = RunFolder(out or f"runs/{_short(chosen.task)}-{_short(chosen.model)}-train-{label}"
                               f"-s{chosen.seed}")
     folder.start(asked(chosen, command="train", spec=found.hash if found else None,
-                       reference=reference, sweep=sweep, test=test), resume)
+                       reference=reference, sweep=sweep, distill=distill, test=test), resume)
     if folder.has("result.json"):
         return Result(folder.path, found, folder.read_json("result.json"))
     session = Session(chosen, listener)
     _check_test(session, test)
     if found:
+        _teach(session, folder, distill)
         check_backbone(session, found)
         folder.write_text("spec.json", found.text())
     row = _trained(session, folder, found or str(reference), sweep=sweep, test=test)
@@ -134,6 +141,12 @@ def train(
     }
     folder.write_json("result.json", values)
     return Result(folder.path, found, values)
+
+
+def _teach(session: Session, folder: RunFolder, teacher: str | None) -> None:
+    """Let the session's structures learn from a teacher, if one is asked for."""
+    if teacher is not None:
+        session.teaching = taught(session, folder, teacher)
 
 
 def check_backbone(session: Session, spec: Spec) -> None:
@@ -185,6 +198,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "score": next(iter(metrics.values())), "metrics": metrics,
         "validation_score": outcome.score, "trainable": outcome.trainable, "head": outcome.head,
         "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
+        "removed": outcome.removed,
     }
 
 
@@ -201,6 +215,7 @@ def _values(session: Session, spec: Spec | None, row: Mapping[str, Any], test: b
         "seed": session.settings.seed, "tau": row["tau"],
         "spec_hash": spec.hash if spec else None,
         "keep": spec.keep.model_dump() if spec and spec.keep else None,
+        "removed": row["removed"],
         "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
         "warnings": list(session.task.warnings),
     }

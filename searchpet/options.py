@@ -70,6 +70,9 @@ KeepWeights = Annotated[str | None, typer.Option(
 Masks = Annotated[str | None, typer.Option(
     "--masks", help="What pruning may take out: a space of masks. [default: prune/structured]",
     rich_help_panel=SEARCH)]
+Distill = Annotated[str | None, typer.Option(
+    "--distill", metavar="TEACHER", help="Train structures on a teacher's outputs as well: full "
+    "(fully fine-tuned here first) or the folder of a run.", rich_help_panel=TRAIN)]
 CountHead = Annotated[bool, typer.Option(
     "--count-head", help="Let the budget pay for the head too.", rich_help_panel=SEARCH)]
 AlsoFull = Annotated[bool, typer.Option(

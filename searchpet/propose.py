@@ -203,7 +203,8 @@ def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str,
                 if k not in ("data", "device", "seed", "task", "model")}
     return {
         "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
-        **({"masks": ask.prune.masks} if ask.prune else {}), "units": len(space), "seed": seed, "task": session.task.name,
+        **({"masks": ask.prune.masks} if ask.prune else {}),
+        "units": len(space), "seed": seed, "task": session.task.name,
         "data": session.task.fingerprint, "settings": settings,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")}
         | {"searchpet": version()},

@@ -9,11 +9,8 @@
 - attention: MSE or KL(t || s) of the attention probabilities averaged over the attention heads,
   since heads were removed (those that are only masked still count); over real tokens and layers.
   TinyBERT compares scores head by head.
-- contrastive: InfoNCE of the student's representation against frozen banks.  CAP, Xu et al. 2022,
-  arXiv:2112.07198.  `unsupervised`: the positive is the same text in the pretrained model or a
-  snapshot; `supervised`: every text of the same label in the fine-tuned teacher, the text itself
-  included; mean over banks.  CAP reads the first token; here it is the mean over real tokens of
-  the last hidden state, which means something in decoders and under left padding too.
+- unsupervised, supervised: InfoNCE of the student's representation against frozen banks, mean over
+  banks; see `searchpet.contrast`.
 
 Layer i of n is taught by layer round(i N / n) of N, halves up.  The teacher reads the student's
 token ids and gives its outputs in the student's order.  One of another architecture teaches logits
@@ -31,16 +28,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from searchpet.batch import Encoded, passes
-from searchpet.errors import InputError, unknown
-from searchpet.train import Batch, autocast, to
+from searchpet.contrast import (
+    POSITIVES,
+    Bank,
+    Stacks,
+    hidden,
+    info_nce,
+    must,
+    represent,
+    see,
+    stacks,
+    tokens,
+)
+from searchpet.errors import unknown
+from searchpet.train import Batch
 
-ROWS = 4096  # of a bank, as in CAP
 MAP_LR = 1e-3  # of the learned maps: AdamW's usual rate, small against the identity's ones
 LEAST = 1e-6  # of an attention probability in KL, which takes logs: dropout makes some 0
-STACKS = ("", "encoder_", "decoder_")  # how transformers prefixes what a stack returns
 TERMS = ("ce", "logits", "hidden", "attention", "unsupervised", "supervised")
-Stacks = Sequence[tuple[Tensor, ...]]  # of each stack, one tensor per layer
 
 
 @dataclass(frozen=True)
@@ -60,22 +65,17 @@ class Recovery:
     def __post_init__(self) -> None:
         for name in TERMS:
             value = getattr(self, name)
-            _must(0 <= value < math.inf, f"{name} must be a finite number >= 0, but got {value}")
+            must(0 <= value < math.inf, f"{name} must be a finite number >= 0, but got {value}")
         for name in ("temperature", "contrast_temperature"):
             value = getattr(self, name)
-            _must(0 < value < math.inf, f"{name} must be a finite number > 0, but got {value}")
+            must(0 < value < math.inf, f"{name} must be a finite number > 0, but got {value}")
         if self.attention_form not in ("mse", "kl"):
             raise unknown("attention_form", self.attention_form, ("mse", "kl"))
-        _must(self.on(*TERMS), f"one of {', '.join(TERMS)} must be > 0, but all are 0")
+        must(self.on(*TERMS), f"one of {', '.join(TERMS)} must be > 0, but all are 0")
 
     def on(self, *terms: str) -> bool:
         """Whether one of the terms has a weight."""
         return any(getattr(self, term) > 0 for term in terms)
-
-
-def _must(holds: bool, message: str) -> None:
-    if not holds:
-        raise InputError(message)
 
 
 def match(layers: int, taught: int) -> list[int]:
@@ -117,102 +117,6 @@ def attention_loss(layers: Sequence[tuple[Tensor, Tensor]], real: Tensor, form: 
         else:
             errors.append((s - t).square()[real[:, :, None] & real[:, None, :]].mean())
     return torch.stack(errors).mean()
-
-
-def info_nce(z: Tensor, rows: Tensor, positive: Tensor, temperature: float) -> Tensor:
-    """-log softmax(cos(z, rows) / temperature), mean over the positives, then over the examples.
-
-    z (b, d), rows (n, d) of unit length, positive bool (b, n) -> ().  An example without a
-    positive does not count; 0 if none has one.
-    """
-    log_p = F.log_softmax(F.normalize(z, dim=-1) @ rows.T / temperature, -1)
-    count = positive.sum(-1)
-    each = -(log_p * positive).sum(-1) / count.clamp_min(1)
-    return each.sum() / (count > 0).sum().clamp_min(1)
-
-
-def see(model: nn.Module, batch: Batch, precision: str, *wanted: str) -> Any:
-    """What a forward pass gives; wanted: `hidden_states`, `attentions`, both or nothing more."""
-    with autocast(model, precision):
-        return model(**to(batch, model), **{f"output_{name}": True for name in wanted})
-
-
-def hidden(out: Any) -> Stacks:
-    """Hidden states (b, s, d) without the embeddings."""
-    return [states[1:] for states in _stacks(out, "hidden_states")]
-
-
-def _stacks(out: Any, name: str) -> Stacks:
-    found = [getattr(out, f"{stack}{name}", None) for stack in STACKS]
-    return [layers for layers in found if layers]
-
-
-def tokens(batch: Batch, like: Tensor) -> Tensor:
-    """Which tokens are no padding, bool (b, s), for like (b, s, ...)."""
-    mask = batch.get("attention_mask")
-    mask = torch.ones(like.shape[:2]) if mask is None else mask
-    return mask.to(like.device).bool()
-
-
-def represent(out: Any, batch: Batch) -> Tensor:
-    """Mean over real tokens of the last hidden state, of the decoder if there is one: (b, d)."""
-    last = hidden(out)[-1][-1].float()
-    real = tokens(batch, last)[..., None]
-    return last.masked_fill(~real, 0).sum(1) / real.sum(1)
-
-
-def texts(batch: Batch) -> list[tuple[int, ...]]:
-    """The real token ids: what tells texts apart, however they are padded."""
-    ids = batch["input_ids"]
-    return [tuple(row[kept].tolist()) for row, kept in zip(ids, tokens(batch, ids), strict=True)]
-
-
-@dataclass(frozen=True)
-class Bank:
-    """Frozen representations of training texts: rows (n, d) float32 of unit length, labels (n,)
-    if there are any, and each text's row.
-    """
-
-    rows: Tensor
-    labels: Tensor | None
-    place: Mapping[tuple[int, ...], int]
-
-    def same_text(self, batch: Batch) -> Tensor:
-        """Which row is the batch's text, bool (b, n); none for a text that is not stored."""
-        at = torch.tensor([self.place.get(text, -1) for text in texts(batch)])
-        return (at[:, None] == torch.arange(len(self.rows))).to(self.rows.device)
-
-    def same_label(self, batch: Batch) -> Tensor:
-        """Which rows have the batch's label, bool (b, n)."""
-        assert self.labels is not None  # Objective asks
-        return (batch["labels"].cpu()[:, None] == self.labels).to(self.rows.device)
-
-
-POSITIVES = {"unsupervised": Bank.same_text, "supervised": Bank.same_label}
-
-
-@torch.no_grad()
-def bank(model: nn.Module, encoded: Encoded, generator: torch.Generator, *, rows: int = ROWS,
-         batch_size: int = 32, precision: str = "fp32") -> Bank:
-    """The model's representations of at most `rows` texts, drawn at random, no text twice.
-
-    Raises InputError for rows < 2 or no texts.
-    """
-    _must(rows >= 2, f"a bank must have rows >= 2 to contrast, but got {rows=}")
-    order = torch.randperm(len(encoded), generator=generator).tolist()
-    unique = {tuple(encoded.tokens["input_ids"][i]): i for i in order}
-    drawn = encoded.select(list(unique.values())[:rows])
-    was_training = model.training
-    model.eval()
-    found, labels, names = [], [], list[tuple[int, ...]]()
-    for _, batch in passes(drawn, batch_size):
-        labels += [batch.pop("labels")] if "labels" in batch else []
-        out = see(model, batch, precision, "hidden_states")
-        found.append(F.normalize(represent(out, batch), dim=-1))
-        names += texts(batch)
-    model.train(was_training)
-    place = {name: i for i, name in enumerate(names)}
-    return Bank(torch.cat(found), torch.cat(labels) if labels else None, place)
 
 
 class Objective:
@@ -272,7 +176,7 @@ class Objective:
             layers = pairs(hidden(ours), hidden(theirs))
             found["hidden"] = hidden_loss(layers, self._maps, tokens(batch, layers[0][0]))
         if w.attention:
-            layers = pairs(_stacks(ours, "attentions"), _stacks(theirs, "attentions"))
+            layers = pairs(stacks(ours, "attentions"), stacks(theirs, "attentions"))
             real = tokens(batch, layers[0][0][:, 0])
             found["attention"] = attention_loss(layers, real, w.attention_form)
         for term, banks in self.banks.items():
@@ -298,40 +202,46 @@ class Objective:
 
 def _check_parts(student: Any, teacher: Any, recovery: Recovery, probe: Batch,
                  banks: Mapping[str, Sequence[Bank]]) -> None:
-    _must(teacher is not student, "the teacher must be a second model, but is the student")
-    _must(teacher is not None or not recovery.on("logits", "hidden", "attention"),
+    must(teacher is not student, "the teacher must be a second model, but is the student")
+    must(teacher is not None or not recovery.on("logits", "hidden", "attention"),
           "logits, hidden and attention need a teacher, but got none; set them to 0 or give one")
     if recovery.on("hidden", "attention"):
         ours, theirs = student.config.model_type, teacher.config.model_type
-        _must(ours == theirs, f"hidden and attention need a teacher of the student's architecture "
+        must(ours == theirs, f"hidden and attention need a teacher of the student's architecture "
               f"{ours}, but got {theirs}; set them to 0 and use logits")
     labels = probe.get("labels")
-    _must(labels is not None or not recovery.on("ce", "supervised"),
+    must(labels is not None or not recovery.on("ce", "supervised"),
           "ce and supervised need labels, but the batch has none; set them to 0")
     for term, given in banks.items():
-        _must(bool(given), f"{term} needs a bank, but got none; set it to 0 or give one")
+        must(bool(given), f"{term} needs a bank, but got none; set it to 0 or give one")
         classes = labels is not None and not labels.is_floating_point()
-        _must(term != "supervised" or (classes and all(b.labels is not None for b in given)),
+        must(term != "supervised" or (classes and all(b.labels is not None for b in given)),
               "supervised needs classes in the batch and in the bank, but got none; set it to 0")
 
 
 def _check_sizes(recovery: Recovery, ours: Any, theirs: Any, probe: Batch,
                  banks: Mapping[str, Sequence[Bank]]) -> None:
     n, m = ours.logits.shape[-1], theirs.logits.shape[-1]
-    _must(n == m, f"the teacher must have the student's {n} outputs, but has {m}")
+    must(n == m, f"the teacher must have the student's {n} outputs, but has {m}")
     if not banks and not recovery.on("hidden", "attention"):
         return
     shapes = [tuple(h.shape) for layers in hidden(ours) for h in layers]
     sound = all(len(s) == 3 and tokens(probe, torch.empty(s)).shape == s[:2] for s in shapes)
-    _must(bool(shapes) and sound, "hidden states must be (batch, tokens, channels), but are "
+    must(bool(shapes) and sound, "hidden states must be (batch, tokens, channels), but are "
           f"{shapes}; use ce and logits alone")
     for who, out in (("student", ours), ("teacher", theirs)) if recovery.attention else ():
         layers = sum(map(len, hidden(out)))
         maps = sum(a.dim() == 4 and a.shape[2] == a.shape[3]
-                   for found in _stacks(out, "attentions") for a in found)
-        _must(maps == layers, f"attention needs a square map of each of {layers} layers, but the "
+                   for found in stacks(out, "attentions") for a in found)
+        must(maps == layers, f"attention needs a square map of each of {layers} layers, but the "
               f"{who} gives {maps}; call its set_attn_implementation('eager'), or set it to 0 "
               "where a layer has lost its attention")
     for b in (b for given in banks.values() for b in given):
-        _must(b.rows.shape[-1] == shapes[-1][-1], f"a bank must have the student's "
+        must(b.rows.shape[-1] == shapes[-1][-1], f"a bank must have the student's "
               f"{shapes[-1][-1]} channels, but has {b.rows.shape[-1]}")
+
+
+def maps_of(objective: Objective) -> list[dict[str, Any]]:
+    """The learned maps as a parameter group, if there are any."""
+    maps = objective.parameters()
+    return [{"params": maps, "kind": "maps", "lr": MAP_LR}] if maps else []

@@ -7,7 +7,7 @@ schedule, evaluation and head initialisation.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from searchpet.apply import Trained, apply, name_labels, save_delta
+from searchpet.apply import Trained, apply, grafts, has_masks, name_labels, save_delta
 from searchpet.backbone import DEFAULT, Backbone, load_backbone
 from searchpet.batch import Batches, Encoded, encode
 from searchpet.calibrate import probe, rates
 from searchpet.errors import InputError, unknown
 from searchpet.grafts import Grafts
+from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.spec import Spec
 from searchpet.task import Task, load_task
@@ -83,7 +84,10 @@ def pick_device(name: str) -> torch.device:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A finished training: validation score, test metrics if asked for, counts, time."""
+    """A finished training: validation score, test metrics if asked for, counts, time.
+
+    removed: whether what the spec prunes was really taken out; False if masked or nothing.
+    """
 
     score: float
     metrics: dict[str, float]
@@ -93,10 +97,14 @@ class Outcome:
     tau: float
     step: int
     seconds: float
+    removed: bool = False
 
 
 class Session:
-    """A backbone and an encoded task.  The model is handed out by `fresh`, one user at a time."""
+    """A backbone and an encoded task.  The model is handed out by `fresh`, one user at a time.
+
+    teaching: (model, batch) -> the loss that specs are trained on, where it is not the task's.
+    """
 
     def __init__(self, settings: Settings, listener: Listener = silent) -> None:
         self.settings, self.listener = settings, listener
@@ -113,6 +121,7 @@ class Session:
             name: encode(split, self.tokenizer, settings.max_length)
             for name, split in self.task.splits.items()
         }
+        self.teaching: Callable[[nn.Module, dict[str, Tensor]], Objective] | None = None
         self._backbone: Backbone | None = backbone
         self._seed = settings.seed
 
@@ -123,6 +132,11 @@ class Session:
         name_labels(model, self.task.labels)
         model.to(self.device)
         return backbone
+
+    def load(self, seed: int) -> nn.Module:
+        """A model of its own, apart from the one that `fresh` hands out."""
+        model: nn.Module = self._load(seed).model
+        return model
 
     @contextmanager
     def fresh(self, seed: int, spoil: bool = False) -> Iterator[nn.Module]:
@@ -180,30 +194,40 @@ class Session:
         return rates(probes, tau, fixed)
 
     def fit(self, method: Spec | str, folder: RunFolder | None, seed: int, *,
-            tau: float | None = None, stage: str = "train", test: bool = False) -> Outcome:
+            tau: float | None = None, stage: str = "train", test: bool = False,
+            after: Callable[[nn.Module], None] | None = None) -> Outcome:
         """Train a spec, or `full` or `head`, and keep the best validation checkpoint.
 
-        Writes delta.safetensors of a spec to `folder`.  Test data is touched here alone, once,
-        after the checkpoint is chosen, and only if `test` is set.
+        Writes delta.safetensors of a spec to `folder`; `after` is given the trained model.
+        Test data is touched here alone, once, after the checkpoint is chosen, and only if `test`
+        is set.
         """
         tau = self.settings.tau if tau is None else tau
         began = time.monotonic()
         spoils = method == "full" or (isinstance(method, Spec) and method.keep is not None)
         with self.fresh(seed, spoil=spoils) as model:
             groups = self._groups(model, method, seed, tau)
-            recipe = self.recipe()
+            count = sum(p.numel() for group in groups for p in group["params"])
+            batches = self.batches(self.splits["train"], seed)
+            loss = loss_of(model, self.settings.precision)
+            if self.teaching is not None and isinstance(method, Spec):
+                objective = self.teaching(model, batches[0])
+                loss = objective.loss
+                groups += maps_of(objective)
             result = fit(
-                model, groups, self.batches(self.splits["train"], seed),
-                self.splits["validation"], self.task.metrics, recipe,
+                model, groups, batches, self.splits["validation"], self.task.metrics,
+                self.recipe(), loss,
                 lambda steps, **state: self.loop(folder, stage, steps, seed, **state))
+            if after is not None:
+                after(model)
             tested = self.evaluate(model, "test") if test else None
             if folder is not None and isinstance(method, Spec):
                 save_delta(folder, model, self.head, self.trained(method))
-            count = sum(p.numel() for group in groups for p in group["params"])
+            removed = spoils and method != "full" and not has_masks(model)
         trained = self.identity.parameters if method == "full" else count - self.head_size
         return Outcome(
             result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
-            self.head_size, tau, result.step, round(time.monotonic() - began, 3))
+            self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed)
 
     def sweep(self, method: Spec | str, folder: RunFolder | None, seed: int,
               ) -> list[tuple[float, float]]:
@@ -224,12 +248,12 @@ class Session:
         rest = [p for n, p in model.named_parameters() if n not in self.head]
         if isinstance(method, Spec):
             apply(model, method, head=self.head, seed=seed, remove=None)
-            grafts = model.searchpet
-            assert isinstance(grafts, Grafts)
-            found = self.rates(self.probe(model, grafts, self.splits["train"], seed), tau)
+            own = grafts(model)
+            found = self.rates(self.probe(model, own, self.splits["train"], seed), tau)
             kinds: dict[str, list[Any]] = {}
-            for graft in grafts.grafts:
-                kinds.setdefault(graft.kind, []).extend(graft.delta.parameters())
+            for graft in own.grafts:
+                if graft.delta.neutral == 0:
+                    kinds.setdefault(graft.kind, []).extend(graft.delta.parameters())
             groups = [{"params": p, "kind": k, "lr": found[k]} for k, p in kinds.items()]
             return [*groups, {"params": head, "kind": "head", "lr": HEAD_LR}]
         for p in rest:

@@ -104,11 +104,12 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 
 def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Batches, valid: Encoded,
-        metrics: Sequence[str], recipe: Recipe,
+        metrics: Sequence[str], recipe: Recipe, loss_at: Callable[[Batch], Tensor],
         loop: Callable[..., StageLoop]) -> Fit:
     """Train the parameters of `groups`; leave the best checkpoint by validation in them.
 
-    groups: `{params, kind, lr}`; loop(stage state...) -> StageLoop.  Raises InputError when the
+    groups: `{params, kind, lr}`; loss_at(batch) is what is minimised, `loss_of(model)` as a rule;
+    loop(stage state...) -> StageLoop.  Raises InputError when the
     loss stops being finite.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
@@ -116,7 +117,6 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Batches, valid:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     best = [p.detach().clone() for p in trained]
     record: dict[str, Any] = {"history": [], "step": 0, "metrics": None}
-    loss_at = loss_of(model, recipe.precision)
     steps_between = max(1, recipe.steps // recipe.evaluations)
     stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record)
     for step in stage:

@@ -59,9 +59,19 @@ def outcome(values: Mapping[str, Any]) -> Iterable[Any]:
     budget = values["budget_limit"]
     room = f"budget {budget:,} of" if budget is not None else "a backbone of"
     head = f"beside a head of {values['head']:,}"
-    yield f"{values['task']}: {room} {backbone:,} parameters, {head}\n"
+    yield f"{values['task']}: {room} {backbone:,} parameters, {head}"
+    if values.get("keep"):
+        yield kept(values["keep"]) + ("" if values["removed"] else "; they are masked, not "
+                                      "removed, so latency will not drop")
+    yield ""
     yield table("structure", f"{values['metric']} on {values['split']}", "trainable", "share",
                 rows=rows)
+
+
+def kept(keep: Mapping[str, Any]) -> str:
+    """What a structure leaves of the backbone, in a sentence."""
+    return (f"keeps {share(keep['used'] / keep['dense'])} of the blocks' {keep['measure']} "
+            f"({keep['used']:,.0f} of {keep['dense']:,.0f}, at most {keep['text']})")
 
 
 def finished(values: Mapping[str, Any], path: Path) -> Iterable[Any]:
@@ -102,6 +112,17 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60}:{whole % 60:02d} min"
     return f"{whole // 3600}:{whole % 3600 // 60:02d} h"
+
+
+def checks(found: Iterable[Any]) -> Table:
+    """What was recounted."""
+    rows = [["ok" if c.holds else "WRONG", c.what, _brief(c.claimed), _brief(c.found)]
+            for c in found]
+    return table("", "figure", "claimed", "found", rows=rows, left=2)
+
+
+def _brief(value: Any) -> object:
+    return f"{value:.2g}" if isinstance(value, float) and value < 1 else value
 
 
 def ahead(plan: Mapping[str, Any]) -> Table:
@@ -163,7 +184,10 @@ def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 def structure(spec: Spec) -> Iterable[Any]:
     """A spec's deltas by kind and role, and the picture of them."""
     groups: dict[tuple[str, str], list[Entry]] = {}
+    masks = {ratio.kind for ratio in spec.plan}
     for entry in spec.entries:
+        if entry.kind in masks:
+            continue
         groups.setdefault((entry.kind, entry.role), []).append(entry)
     rows = [[kind, role, len(entries), sum(len(e.kept) for e in entries),
              _ranges(e.layer for e in entries)]
@@ -174,7 +198,21 @@ def structure(spec: Spec) -> Iterable[Any]:
            f"{spec.provenance.get('strategy', 'hand')}, {spec.hash[:12]}\n")
     yield table("kind", "role", "sites", "coordinates", "layers", rows=rows, left=2)
     yield ""
-    yield picture(spec)
+    yield picture([entry for entry in spec.entries if entry.kind not in masks])
+    if spec.keep:
+        yield ""
+        yield kept(spec.keep.model_dump())
+        yield ratios(spec)
+
+
+def ratios(spec: Spec) -> Table:
+    """Percent that prune masks keep, by layer from the first to the last."""
+    rows: dict[tuple[str, str, str], list[tuple[float, float]]] = {}
+    for ratio in spec.plan:
+        rows.setdefault((ratio.part, ratio.role, ratio.kind), []).append((ratio.depth, ratio.kept))
+    return table("mask", "at", "percent kept, layer by layer", left=3, rows=[
+        [kind, f"{part} {role}", " ".join(f"{100 * share:3.0f}" for _, share in sorted(found))]
+        for (part, role, kind), found in sorted(rows.items())])
 
 
 def _ranges(numbers: Iterable[int]) -> str:
@@ -188,10 +226,10 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ", ".join(str(p[0]) if len(p) == 1 else f"{p[0]}-{p[-1]}" for p in parts)
 
 
-def picture(spec: Spec) -> str:
+def picture(entries: Sequence[Entry]) -> str:
     """Roles (rows) x layers (columns): the darker, the more coordinates are kept there."""
     cells: Counter[tuple[str, int]] = Counter()
-    for entry in spec.entries:
+    for entry in entries:
         cells[_row(entry), entry.layer] += len(entry.kept)
     layers = range(min(layer for _, layer in cells), max(layer for _, layer in cells) + 1)
     names = sorted({name for name, _ in cells})

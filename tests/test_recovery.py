@@ -14,21 +14,17 @@ import transformers
 from torch import Tensor, nn
 
 from searchpet.batch import Encoded
+from searchpet.contrast import Bank, bank, info_nce, represent, see
 from searchpet.errors import InputError
 from searchpet.recovery import (
     TERMS,
-    Bank,
     Objective,
     Recovery,
     attention_loss,
-    bank,
     hidden_loss,
-    info_nce,
     logits_loss,
     match,
     pairs,
-    represent,
-    see,
 )
 from searchpet.train import loss_of
 from tests.laws import families as tiny

@@ -1,7 +1,7 @@
 """Prune, then search: units are removed by a score, then PET is searched on what is left.
 
-The order of SparseAdapter-like and Shears-like pipelines (Munoz et al. 2024, arXiv:2404.10934), and
-the control that a joint search has to beat.  `score` names any importance of prune units.
+The order of Shears (Munoz et al. 2024, arXiv:2404.10934), and a control that a joint search has to
+beat.  `score` names any importance of prune units.
 """
 
 from __future__ import annotations

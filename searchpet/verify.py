@@ -1,0 +1,100 @@
+"""Verify: count again what a run claims, on the model itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from searchpet.apply import grafts, has_masks, read_delta, restore
+from searchpet.discover import discover
+from searchpet.flops import flops
+from searchpet.probe import outputs, positions, random_inputs, rows
+from searchpet.run import RunFolder
+from searchpet.spec import KeepUse, Spec
+
+CLOSE = 1e-4  # of the largest logit: two ways to compute the same differ by float rounding
+
+
+@dataclass(frozen=True)
+class Check:
+    """One figure: what the files claim, what was found, and whether they agree."""
+
+    what: str
+    claimed: Any
+    found: Any
+    holds: bool
+
+
+def verify(run: str | Path, model: str | None = None) -> list[Check]:
+    """Recount a run's parameters and what it leaves of the blocks, and compare outputs.
+
+    model: folder of the backbone, where it is not found by its name.
+    Raises InputError for a run that cannot be loaded at all: a spec whose hash is not that of its
+    content, tensors of another spec, another architecture.
+    """
+    folder = RunFolder(run)
+    spec = Spec.load(folder.path)
+    tensors, trained = read_delta(folder)
+    masked = restore(run, model, remove=False)
+    head = sum(t.numel() for name, t in tensors.items() if name.startswith("head/"))
+    stored = sum(t.numel() for t in tensors.values()) - head
+    counted = stored + (head if spec.budget.counts == "deltas and head" else 0)
+    whole = sum(p.numel() for p in masked.parameters()) - head - _trainable(masked)
+    checks = [
+        _same("hash of the spec", trained.spec_hash[:12], spec.hash[:12]),
+        _same("parameters of the backbone", spec.backbone.parameters, whole),
+        _same("parameters that count", spec.budget.used, counted),
+        _same("trainable parameters of the deltas", stored, _trainable(masked)),
+        Check("within the budget", spec.budget.limit, counted, counted <= spec.budget.limit),
+    ]
+    if folder.has("result.json"):
+        result = folder.read_json("result.json")
+        checks.append(_same("trainable parameters of result.json", result["trainable"], stored))
+    if spec.keep is not None:
+        checks += _pruned(spec.keep, masked, restore(run, model))
+    return checks
+
+
+def _pruned(keep: KeepUse, masked: nn.Module, removed: nn.Module) -> list[Check]:
+    """What is left once it is really taken out, and whether that computes the same."""
+    if has_masks(removed):
+        return [Check("really removed", True, False, False)]
+    inputs = random_inputs(masked, rows(masked), 16, torch.Generator().manual_seed(0))
+    expected = outputs(masked, inputs)
+    apart = float((outputs(removed, inputs) - expected).abs().max())
+    bound = CLOSE * max(1.0, float(expected.abs().max()))
+    size = min(128, positions(masked)) if "input_ids" in inputs else 128
+    for model in (masked, removed):
+        grafts(model).detach()
+        del model.searchpet
+
+    def count(model: nn.Module) -> int:
+        return _weights(model) if keep.measure == "weights" else sum(
+            flops(model, length=size).values())
+
+    return [
+        Check("masked and removed outputs agree", bound, apart, apart <= bound),
+        _same(f"{keep.measure} of the whole blocks", round(keep.dense), count(masked)),
+        _same(f"{keep.measure} that are left", round(keep.used), count(removed)),
+        Check("within what may be kept", keep.limit, count(removed),
+              count(removed) <= keep.limit),
+    ]
+
+
+def _weights(model: nn.Module) -> int:
+    """Elements of the matrices of all linears in blocks, fused ones once."""
+    paths = {site.path for site in discover(model) if site.form == "linear"}
+    return sum(model.get_submodule(path).get_parameter("weight").numel() for path in paths)
+
+
+def _trainable(model: nn.Module) -> int:
+    """Parameters of an applied model's deltas."""
+    return sum(p.numel() for p in grafts(model).parameters())
+
+
+def _same(what: str, claimed: Any, found: Any) -> Check:
+    return Check(what, claimed, found, claimed == found)
