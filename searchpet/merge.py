@@ -1,13 +1,15 @@
 """Merging: fold affine deltas into the backbone's own weights, at no cost at inference.
 
 With delta = M x + g * y + c:  W' = (1 + g) W + M,  b' = (1 + g) b + c;  norms w' = (1 + g) w,
-b' = (1 + g) b + c.  Norms that store w - 1 (y = (1 + w) * xhat): w' = (1 + g) (1 + w) - 1.
+b' = (1 + g) b + c.  Norms that store w - 1 (y = (1 + w) * xhat): w' = (1 + g) (1 + w) - 1.  Masks
+on a module's input multiply its columns, masks on its output all of it.
 Exact up to float rounding (about 1e-6 of the logits in fp32).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,33 +17,67 @@ from torch import Tensor, nn
 from searchpet.deltas import Affine
 from searchpet.errors import InputError
 from searchpet.grafts import Graft, Grafts
-from searchpet.site import Site
 
 
 def merge(model: nn.Module) -> nn.Module:
     """Fold a model's deltas into its weights and remove the hooks; return the model.
 
-    Raises InputError, before anything is changed, for a kind that is not affine and for a bias
-    on a module that has none.
+    Masks become zeros.  Raises InputError, before anything is changed, for a kind that is not
+    affine and for a bias on a module that has none.
     """
     grafts = getattr(model, "searchpet", None)
     if not isinstance(grafts, Grafts):
         raise InputError("merge needs a model with deltas, but this one has none; "
                          "apply a spec or load a run first")
-    parts: dict[Site, list[Affine]] = defaultdict(list)
+    members: dict[str, list[Graft]] = defaultdict(list)
     for graft in grafts.grafts:
-        parts[graft.site].append(_affine(graft))
-    total = {site: _sum(affines) for site, affines in parts.items()}
-    for site, affine in total.items():
-        if affine.c is not None and getattr(model.get_submodule(site.path), "bias", None) is None:
-            raise InputError(f"a bias can be merged where the module has one, but {site.path} has "
-                             "none; keep the deltas unmerged")
+        members[graft.at].append(graft)
+    folds = {path: _fold_of(model.get_submodule(path), path, own)
+             for path, own in members.items()}
     grafts.detach()
     del model.searchpet
     with torch.no_grad():
-        for site, affine in total.items():
-            _fold(model.get_submodule(site.path), site, affine)
+        for path, fold in folds.items():
+            _write(model.get_submodule(path), fold)
     return model
+
+
+@dataclass
+class _Fold:
+    """y -> after * (y + M x + g * y + c) with x -> before * x, on a whole module.
+
+    before (d_in,), after (d_out,): factors; None is 1.
+    """
+
+    affine: Affine
+    before: Tensor | None = None
+    after: Tensor | None = None
+
+
+def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
+    """What a module's grafts amount to."""
+    d_out, d_in = _sizes(module)
+    affines = [_whole(_affine(g), g, d_in, d_out) for g in members if g.delta.neutral == 0]
+    fold = _Fold(_sum(affines))
+    for graft in members:
+        if graft.delta.neutral == 1:
+            stage, factor = graft.delta.stage, _factor(graft, d_in, d_out)
+            name = "before" if stage == "input" else "after"
+            so_far = getattr(fold, name)
+            setattr(fold, name, factor if so_far is None else so_far * factor)
+    if fold.affine.c is not None and getattr(module, "bias", None) is None:
+        raise InputError(f"a bias can be merged where the module has one, but {path} has none; "
+                         "keep the deltas unmerged")
+    return fold
+
+
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """(d_out, d_in) of a linear, a transposed one, or a norm."""
+    weight = module.get_parameter("weight")
+    if weight.dim() == 1:
+        return len(weight), len(weight)
+    d_out, d_in = weight.T.shape if hasattr(module, "nf") else weight.shape
+    return d_out, d_in
 
 
 def _affine(graft: Graft) -> Affine:
@@ -53,6 +89,34 @@ def _affine(graft: Graft) -> Affine:
     return affine
 
 
+def _factor(graft: Graft, d_in: int, d_out: int) -> Tensor:
+    """What a mask multiplies each feature by."""
+    if graft.site.form == "layer":
+        raise InputError(f"a layer's mask cannot be merged, but {graft.site.path} has one; load "
+                         "the run with remove=True, which takes the layer out")
+    ones = torch.ones(d_in if graft.delta.stage == "input" else d_out)
+    delta = graft.delta.cpu()
+    factor: Tensor = ones + delta(ones, ones, torch.ones(delta.width))
+    return factor
+
+
+def _whole(affine: Affine, graft: Graft, d_in: int, d_out: int) -> Affine:
+    """The affine map on all features of the module, 0 on those that the delta does not see."""
+    if graft.reads is None and graft.writes is None:
+        return affine
+    M, g, c = affine.M, affine.g, affine.c
+    rows = torch.arange(d_out) if graft.writes is None else graft.writes
+    if M is not None:
+        columns = torch.arange(d_in) if graft.reads is None else graft.reads
+        rows_of, columns = rows.to(M.device).unsqueeze(-1), columns.to(M.device)
+        M = M.new_zeros(d_out, d_in).index_put((rows_of, columns), M)
+
+    def spread(v: Tensor | None) -> Tensor | None:
+        return None if v is None else v.new_zeros(d_out).index_copy(0, rows.to(v.device), v)
+
+    return Affine(M, spread(g), spread(c))
+
+
 def _sum(affines: list[Affine]) -> Affine:
     def add(terms: list[Tensor | None]) -> Tensor | None:
         present = [term.detach() for term in terms if term is not None]
@@ -62,24 +126,28 @@ def _sum(affines: list[Affine]) -> Affine:
                   add([a.c for a in affines]))
 
 
-def _fold(module: nn.Module, site: Site, affine: Affine) -> None:
-    weight, bias = module.weight, getattr(module, "bias", None)
+def _write(module: nn.Module, fold: _Fold) -> None:
+    weight, bias, affine = module.weight, getattr(module, "bias", None), fold.affine
     assert isinstance(weight, Tensor)
-    rows = slice(None) if site.index is None else torch.cat(
-        [torch.arange(a, b) for a, b in site.index])
-    if affine.g is not None and site.form == "norm":
-        stored_less_one = _stores_less_one(module, site.d_in)
-        scaled = (weight + 1) * (1 + affine.g) - 1 if stored_less_one else weight * (1 + affine.g)
-        weight.copy_(scaled)
-    elif site.form == "linear":
+    gain = None if affine.g is None else 1 + affine.g
+    if fold.after is not None:
+        after = fold.after.to(weight.device)
+        gain = after if gain is None else gain * after
+        affine = Affine(*(None if t is None else (after.unsqueeze(-1) if t.dim() > 1 else after)
+                          * t for t in (affine.M, affine.g, affine.c)))
+    if weight.dim() == 1:
+        if gain is not None:
+            less_one = _stores_less_one(module, len(weight))
+            weight.copy_((weight + 1) * gain - 1 if less_one else weight * gain)
+    else:
         # (d_out, d_in) view; GPT-2's Conv1D stores the transpose
         matrix = weight.T if hasattr(module, "nf") else weight
-        old = matrix[rows]
-        new = old if affine.g is None else old * (1 + affine.g).unsqueeze(-1)
-        matrix[rows] = (new if affine.M is None else new + affine.M).to(matrix.dtype)
+        new = matrix if gain is None else matrix * gain.unsqueeze(-1)
+        new = new if affine.M is None else new + affine.M
+        matrix.copy_(new if fold.before is None else new * fold.before.to(new.device))
     if bias is not None:
-        new = bias[rows] if affine.g is None else bias[rows] * (1 + affine.g)
-        bias[rows] = (new if affine.c is None else new + affine.c).to(bias.dtype)
+        new = bias if gain is None else bias * gain
+        bias.copy_(new if affine.c is None else new + affine.c)
 
 
 def _stores_less_one(norm: nn.Module, size: int) -> bool:

@@ -16,6 +16,7 @@ from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.flops import flops as counted
 from searchpet.limits import Keep, Limits
+from searchpet.merge import merge
 from searchpet.propose import Ask
 from searchpet.pruning import Prune, asked, keep_of
 from searchpet.space import Space
@@ -73,6 +74,24 @@ def test_masked_and_removed_models_are_one_function(family: str, seed: int) -> N
                                rtol=1e-4, atol=1e-4)
     assert sum(p.numel() for p in removed.parameters()) < sum(
         p.numel() for p in masked.parameters())
+
+
+@every_family
+@pytest.mark.parametrize("remove", [False, True])
+def test_a_pruned_model_merges(family: str, remove: bool) -> None:
+    model = tiny.model(family)
+    biased = family not in ("llama", "t5")
+    rules = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("scale", "channel"),
+             *([tiny.rule("bias", "channel")] if biased else []),
+             *(rule for rule in MASKS if rule.kind != "layers")]
+    space = Space("test", discover(model), rules)
+    limits = Limits(space, 10**6, keep_of(Prune("flops", "60%"), model, space))
+    apply(model, spec_for(model, limits, limits.fill(scores(limits, 1))), remove=remove)
+    tiny.perturb(model.searchpet.deltas.parameters(), 0.2, 1)
+    batch = tiny.inputs(family)
+    before = tiny.logits(model, batch)
+    merge(model)
+    torch.testing.assert_close(tiny.logits(model, batch), before, rtol=1e-4, atol=1e-4)
 
 
 @every_family
