@@ -16,40 +16,22 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from searchpet.apply import apply, read_delta, write_tensors
-from searchpet.budget import Budget
 from searchpet.engine import outcome_row
 from searchpet.errors import InputError
-from searchpet.gridfile import REFERENCES, GridFile, Method, read_grid
+from searchpet.gridcells import Cell, cells_of, file_name, trainings_of
+from searchpet.gridfile import REFERENCES, GridFile, read_grid
 from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, claim, write_table
-from searchpet.propose import Ask, propose
+from searchpet.propose import propose
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.spec import Spec
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One method on one task at one budget, and the folder for what it leaves behind."""
-
-    task: str
-    budget: str
-    share: float
-    method: Method
-    path: Path
-
-    def key(self, structure: int, seed: int, *tau: float) -> tuple[Any, ...]:
-        return (self.task, self.share, self.method.name, structure, seed, *tau)
-
-    def __str__(self) -> str:
-        budget = "" if self.method.name in REFERENCES else f" {self.budget}"
-        return f"{self.task}{budget} {self.method.name}"
+from searchpet.teach import WEIGHTS, Teaching, taught
 
 
 @dataclass
@@ -68,21 +50,6 @@ class Bench:
         self.results = Ledger(self.folder / "results.jsonl", RESULT_KEY)
         self.sweeps = Ledger(self.folder / "sweep.jsonl", SWEEP_KEY)
 
-    def cells(self, task: str, session: Callable[[], Session]) -> Iterator[Cell]:
-        """The cells of a task, in the order in which they are worked on; references once."""
-        for i, budget in enumerate(map(str, self.grid.budgets)):
-            share = _share(budget, session)
-            for method in self.grid.methods:
-                if method.name not in REFERENCES:
-                    yield self._cell(task, budget, share, method)
-                elif i == 0:
-                    yield self._cell(task, "", REFERENCES[method.name], method)
-
-    def _cell(self, task: str, budget: str, share: float, method: Method) -> Cell:
-        parts = (task, budget or "all", method.name)
-        path = self.folder.joinpath("work", *(_file_name(part) for part in parts))
-        return Cell(task, budget, share, method, path)
-
     def finals(self, cell: Cell) -> list[tuple[int, int]]:
         """(structure seed, training seed) of every final training of a cell."""
         count = 1 if cell.method.name in REFERENCES else cell.method.structures
@@ -92,15 +59,6 @@ class Bench:
         done = self.results.rows()
         return all(cell.key(*final) in done for final in self.finals(cell))
 
-    def total(self) -> int:
-        """Trainings of the whole grid."""
-        grid, sweep = self.grid, len(self.grid.taus) if len(self.grid.taus) > 1 else 0
-        once = [m.name in REFERENCES for m in grid.methods]
-        finals = [1 if o else m.structures for m, o in zip(grid.methods, once, strict=True)]
-        return len(grid.tasks) * sum(
-            (count * len(grid.seeds) + sweep) * (1 if o else len(grid.budgets))
-            for count, o in zip(finals, once, strict=True))
-
     def progress(self, what: str) -> None:
         """Print a line with the trainings done and the time left, at the pace so far."""
         done = len(self.results.rows()) + len(self.sweeps.rows())
@@ -108,8 +66,8 @@ class Bench:
         left = ""
         if done > self.before:
             pace = (time.monotonic() - self.began) / (done - self.before)
-            left = f", about {max(0, self.total() - done) * pace / 60:.0f} min left"
-        self.say(f"[{done}/{self.total()}{left}] {what}")
+            left = f", about {max(0, trainings_of(self.grid) - done) * pace / 60:.0f} min left"
+        self.say(f"[{done}/{trainings_of(self.grid)}{left}] {what}")
 
 
 def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | None = None,
@@ -126,7 +84,7 @@ def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | Non
     elsewhere = 0
     for task in grid.tasks:
         session = functools.cache(functools.partial(_session, bench, task))
-        for cell in bench.cells(task, session):
+        for cell in cells_of(grid, bench.folder, task, session):
             if not bench.finished(cell):
                 with claim(cell.path) as mine:
                     elsewhere += not mine
@@ -147,6 +105,10 @@ def _session(bench: Bench, task: str) -> Session:
 def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
     """Structures, sweep, final trainings; what is there already is kept."""
     session.job = str(cell)
+    if cell.method.distill:
+        session.teaching = _teacher(bench, cell, session)
+    else:
+        session.teaching = None
     found: dict[int, tuple[Spec | str, float]] = {}
     for structure, _ in bench.finals(cell):
         if structure not in found:
@@ -169,14 +131,23 @@ def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[S
         return cell.method.name, 0.0
     folder = RunFolder(cell.path).sub(f"structure-{seed}")
     if not folder.has("spec.json"):
-        strategy, space = cell.method.resolved()
         bench.progress(f"{cell} structure {seed}: search")
-        ask = Ask(strategy, space, cell.method.set, cell.budget)
+        ask = bench.grid.ask(cell.method, cell.budget, cell.keep)
         spec, seconds = propose(session, folder, ask, seed)
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
     folder.drop("search.checkpoint.safetensors")
     return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
+
+
+def _teacher(bench: Bench, cell: Cell, session: Session) -> Teaching:
+    """What a task's structures learn from; one process trains it, the others wait."""
+    folder = RunFolder(bench.folder / "work" / file_name(cell.task) / "teacher")
+    while True:
+        with claim(folder.path) as mine:
+            if mine or folder.has(WEIGHTS):
+                return taught(session, folder, "full")
+        time.sleep(1)
 
 
 def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
@@ -242,6 +213,7 @@ def _line(cell: Cell, session: Session, row: Mapping[str, Any], seeds: tuple[int
         "metric": session.task.metrics[0], "split": row.get("split", "validation"),
         "trainable": row["trainable"], "tau": row["tau"], "search_seconds": search_seconds,
         "train_seconds": row["train_seconds"],
+        **({"keep": cell.kept} if cell.keep else {}),
     }
 
 
@@ -254,28 +226,16 @@ def _sweep_folder(cell: Cell, tau: float) -> RunFolder:
     return RunFolder(cell.path).sub(f"sweep-{tau:g}")
 
 
-def _share(budget: str, session: Callable[[], Session]) -> float:
-    """A budget as a fraction of the backbone's parameters."""
-    if budget.endswith("%"):
-        return float(Fraction(budget[:-1].strip()) / 100)
-    parameters = session().identity.parameters
-    return Budget.parse(budget, parameters).limit / parameters
-
-
-def _file_name(text: str) -> str:
-    """A name of a task, budget or method as a folder's name."""
-    return text.replace("%", "pc").replace("/", "--").replace(":", "-").replace(" ", "_")
-
-
 def _same_grid(bench: Bench) -> None:
     """Refuse to mix trainings of two grids; the lists of tasks, methods and so on may grow.
 
     Raises InputError naming what changed since the folder's first run.
     """
     folder = RunFolder(bench.folder).sub("work")
-    now = bench.grid.model_dump(mode="json", exclude={"tasks", "budgets", "methods", "seeds"})
+    lists = {"tasks", "budgets", "methods", "seeds", "keep_flops"}
+    now = bench.grid.model_dump(mode="json", exclude=lists)
     now["first seed"] = bench.grid.seeds[0]
-    now |= {f"method {m.name}": [*m.resolved(), m.set] for m in bench.grid.methods}
+    now |= {f"method {m.name}": [*m.resolved(), m.set, *m.beside()] for m in bench.grid.methods}
     before = folder.read_json("grid.json") if folder.has("grid.json") else {}
     for key in sorted(before.keys() & now.keys()):
         if before[key] != now[key]:

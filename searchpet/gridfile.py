@@ -7,8 +7,10 @@
     steps = 300
     methods = ["full", "uniform:bias", "default", { name = "random", structures = 3 }]
 
-A method is a name or a table with `name`, `strategy`, `space`, `set` and `structures`.  Names
-that mean something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on
+A method is a name or a table with `name`, `strategy`, `space`, `set`, `structures`, `masks` and
+`distill`.  With `keep_flops = ["60%"]` methods prune as well, but for those with `masks = ""`;
+`distill = true` trains their structures on the outputs of full fine-tuning.  Names that mean
+something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on
 the space `s3pet_mix`), and `default`: what the command line does with no choice made.
 """
 
@@ -22,7 +24,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from searchpet.budget import Budget
 from searchpet.errors import InputError
-from searchpet.propose import STRATEGY, hyperparameters, space_of
+from searchpet.propose import STRATEGY, Ask, hyperparameters
+from searchpet.pruning import MASKS, Prune
 from searchpet.session import Settings
 from searchpet.space import read_space
 from searchpet.spec import first_problem
@@ -40,11 +43,18 @@ class Method(BaseModel):
     space: str | None = None
     set: dict[str, bool | int | float | str] = {}
     structures: int = Field(default=1, ge=1)  # structure seeds 0, 1, ...
+    masks: str = MASKS  # what pruning may take out; "": this method does not prune
+    distill: bool = False
 
     def resolved(self) -> tuple[str, str | None]:
         """Strategy and space; what is not given follows from the name."""
         strategy, space = NAMED.get(self.name, (self.name, None))
         return self.strategy or strategy, self.space or (None if self.strategy else space)
+
+    def beside(self) -> list[str | bool]:
+        """What differs from the defaults of pruning."""
+        masks: list[str | bool] = [] if self.masks == MASKS else [self.masks]
+        return [*masks, "distill"] if self.distill else masks
 
 
 class GridFile(BaseModel):
@@ -56,6 +66,8 @@ class GridFile(BaseModel):
     budgets: tuple[str | int, ...] = Field(default=("0.01%",), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     taus: tuple[float, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    keep_flops: tuple[str, ...] = ()
+    space: str | None = None  # of methods that name none
     model: str = Settings.model
     steps: int = Settings.steps
     batch_size: int = Settings.batch_size
@@ -70,13 +82,19 @@ class GridFile(BaseModel):
         listed = value if isinstance(value, list | tuple) else [value]
         return [{"name": one} if isinstance(one, str) else one for one in listed]
 
-    @field_validator("methods", "tasks", "budgets", "seeds", "taus")
+    @field_validator("methods", "tasks", "budgets", "seeds", "taus", "keep_flops")
     @classmethod
     def _distinct(cls, value: tuple[Any, ...]) -> tuple[Any, ...]:
         names = [getattr(one, "name", one) for one in value]
         if len(set(names)) < len(names):
             raise ValueError("values must be distinct")
         return value
+
+    def ask(self, method: Method, budget: str, keep: str | None) -> Ask:
+        """What a method's search is asked for."""
+        strategy, space = method.resolved()
+        prune = Prune("flops", keep, method.masks) if keep and method.masks else None
+        return Ask(strategy, space or self.space, method.set, budget, prune=prune)
 
     def settings(self, task: str, data: str | None) -> Settings:
         """What a session on `task` needs.  Raises InputError for a value out of range."""
@@ -103,9 +121,11 @@ def read_grid(path: str | Path) -> GridFile:
         raise InputError(f"grid {path}: {first_problem(error)}") from error
     for method in grid.methods:
         if method.name not in REFERENCES:
-            strategy, space = method.resolved()
-            hyperparameters(strategy, method.set)
-            read_space(space_of(strategy, space))
+            ask = grid.ask(method, "1", None)
+            hyperparameters(ask.strategy, ask.set)
+            read_space(ask.named_space)
+            for keep in grid.keep_flops if method.masks else ():
+                read_space(Prune("flops", keep, method.masks).masks)
     for budget in grid.budgets:
         Budget.parse(budget, 1)
     for tau in grid.taus:

@@ -17,7 +17,8 @@ from searchpet.errors import InputError
 
 Row = dict[str, Any]
 
-RESULT_KEY = ("task", "budget", "method", "structure_seed", "seed")
+RESULT_KEY = ("task", "budget", "method", "structure_seed", "seed", "keep")
+DEFAULTS = {"keep": 1.0}  # of what older lines, and those of grids that do not prune, leave out
 SWEEP_KEY = (*RESULT_KEY, "tau")
 
 
@@ -34,7 +35,7 @@ class Ledger:
         lines = self.path.read_bytes().split(b"\n")[:-1]
         try:
             found = [json.loads(line) for line in lines]
-            return {tuple(row[name] for name in self.key): row for row in found}
+            return {tuple({**DEFAULTS, **row}[name] for name in self.key): row for row in found}
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"{self.path} must hold one result per line, but: {error!r}; repair "
                              "the line or delete it") from error
@@ -67,20 +68,23 @@ def claim(folder: Path) -> Iterator[bool]:
 def write_table(folder: str | Path) -> str:
     """table.md from results.jsonl: mean and sample standard deviation over final trainings."""
     ledger = Ledger(Path(folder) / "results.jsonl", RESULT_KEY)
-    groups: dict[tuple[str, float, str], list[Row]] = {}
+    groups: dict[tuple[str, float, float, str], list[Row]] = {}
     for row in ledger.rows().values():
-        groups.setdefault((row["task"], row["budget"], row["method"]), []).append(row)
+        key = (row["task"], row["budget"], row.get("keep", 1.0), row["method"])
+        groups.setdefault(key, []).append(row)
     if not groups:
         raise InputError(f"a table needs finished trainings, but {ledger.path} has none; run the "
                          "grid first")
-    lines = ["| task | budget | method | score | spread | n | trainable | tau | search s |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for (task, budget, method), rows in sorted(
-            groups.items(), key=lambda g: (g[0][0], -g[0][1], -_mean(g[1], "score"))):
+    pruned = any(keep < 1 for _, _, keep, _ in groups)
+    lines = [f"| task | budget | {'keep | ' if pruned else ''}method | score | spread | n | "
+             "trainable | tau | search s |", "|---" * (9 + pruned) + "|"]
+    for (task, budget, keep, method), rows in sorted(
+            groups.items(), key=lambda g: (g[0][0], -g[0][1], -g[0][2], -_mean(g[1], "score"))):
         scores = [row["score"] for row in rows]
         spread = f"{statistics.stdev(scores):.4f}" if len(scores) > 1 else "-"
         lines.append(
-            f"| {task} ({rows[0]['metric']}, {rows[0]['split']}) | {budget:.6g} | {method} | "
+            f"| {task} ({rows[0]['metric']}, {rows[0]['split']}) | {budget:.6g} | "
+            f"{f'{keep:.3g} | ' if pruned else ''}{method} | "
             f"{_mean(rows, 'score'):.4f} | {spread} | {len(rows)} | "
             f"{round(_mean(rows, 'trainable')):,} | {rows[0]['tau']:g} | "
             f"{_mean(rows, 'search_seconds'):.0f} |")

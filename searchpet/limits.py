@@ -85,9 +85,12 @@ class Limits:
         assert self.keep is not None
         if self.settled is not None:
             return self.settled[self.prune].to(alpha.device).double()
-        cost = self.keep.cost
-        limit = self.keep.limit + ease * (cost.dense - self.keep.limit)
-        return shift_to(alpha, self._cost_of_prune(alpha.device), limit, beta)
+        return shift_to(alpha, self._cost_of_prune(alpha.device), self._eased(ease), beta)
+
+    def _eased(self, ease: float) -> float:
+        """The limit on what is kept, relaxed towards everything."""
+        assert self.keep is not None
+        return self.keep.limit + ease * (self.keep.cost.dense - self.keep.limit)
 
     def _cost_of_prune(self, device: torch.device) -> Callable[[Tensor], Tensor]:
         """The cost as a function of the prune units' gates alone."""
@@ -97,8 +100,10 @@ class Limits:
         return lambda q: cost.at(ones.index_put((prune,), q))
 
     def fill(self, score: Tensor, *, density: bool = False, group: Tensor | None = None,
-             ) -> Tensor:
+             ease: float = 0.0) -> Tensor:
         """keep (units,) bool: best scores first, never above either budget.
+
+        ease in [0, 1]: how far the limit on what is kept is still relaxed towards everything.
 
         density: PET units go by score per parameter.  group: int64 (units,), PET units that are
         kept or left together and have the same score.
@@ -111,7 +116,7 @@ class Limits:
             guarded = score.clone()
             guarded[self.lifeline(score)] = torch.inf
             keep[self.prune] = fill_to(guarded[self.prune], self._cost_of_prune(keep.device),
-                                       self.keep.limit).double()
+                                       self._eased(ease)).double()
         price = self.price(keep).round().long()[self.pet]
         alive = price > 0
         chosen, cost_of = self.pet[alive], price[alive]

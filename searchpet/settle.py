@@ -18,13 +18,16 @@ def settle(limits: Limits, score: Tensor, allocation: str) -> Tensor:
     `per_layer`, the same share of every mask, and whole sublayers and layers stay if they can.
     Raises InputError for another one.
     """
+    return limits.fill(compare(limits, score, allocation))
+
+
+def compare(limits: Limits, score: Tensor, allocation: str) -> Tensor:
+    """Scores (units,) of which those of prune units can be compared with each other."""
     if allocation not in ALLOCATIONS:
         raise unknown("allocation", allocation, ALLOCATIONS)
-    if allocation == "per_cost":
-        score = _per_cost(limits, score)
-    elif allocation == "per_layer":
-        score = _ranked(limits, score)
-    return limits.fill(score)
+    if allocation == "global" or limits.keep is None:
+        return score
+    return _per_cost(limits, score) if allocation == "per_cost" else _ranked(limits, score)
 
 
 def _per_cost(limits: Limits, score: Tensor) -> Tensor:

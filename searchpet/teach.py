@@ -18,11 +18,12 @@ from searchpet.run import RunFolder
 from searchpet.session import Session
 
 WEIGHTS = "teacher.safetensors"
+Teaching = Callable[[nn.Module, dict[str, Tensor]], Objective]
 HALF = Recovery(ce=0.5, logits=0.5)  # half the labels, half the teacher, as PruneOFA has it
 
 
 def taught(session: Session, folder: RunFolder, teacher: str, recovery: Recovery = HALF,
-           ) -> Callable[[nn.Module, dict[str, Tensor]], Objective]:
+           ) -> Teaching:
     """What a session's `teaching` is set to; trains the teacher `full` if the folder has none.
 
     Raises InputError for a run that is not there or was trained on other labels.

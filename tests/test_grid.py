@@ -68,9 +68,10 @@ def test_every_training_has_a_line(whole: Path) -> None:
     cells = [("head", 0.0, 1), *(
         (name, budget, count) for budget in (0.01, 40 / 25408)
         for name, count in (("random:unit", 2), ("default", 1)))]
-    expected = {("films", budget, name, s, seed) for name, budget, count in cells
+    expected = {("films", budget, name, s, seed, 1.0) for name, budget, count in cells
                 for s in range(count) for seed in (0, 1)}
-    assert {tuple(row[k] for k in RESULT_KEY) for row in rows} == expected
+    assert set(Ledger(whole / "results.jsonl", RESULT_KEY).rows()) == expected
+    assert not any("keep" in row for row in rows)
     assert len(rows) == len(expected)
     assert {row["split"] for row in rows} == {"test"}
     sweep = lines(whole, "sweep.jsonl")
@@ -96,6 +97,48 @@ def test_the_sweeps_own_training_counts_as_if_trained_again(
     outcome = session.fit(spec, None, 0, tau=row["tau"], test=True)
     assert outcome.test is not None
     assert outcome.test["accuracy"] == row["score"]
+
+
+def test_a_grid_prunes_and_distils(home: Path, tiny_folder: Path) -> None:
+    text = GRID.format(model=tiny_folder).replace('["1%", 40]', '["2%"]').replace(
+        "taus = [0.1, 1]", 'taus = [0.5]\nkeep_flops = ["60%", "80%"]')
+    text = text[: text.index("methods =")] + '''
+[[methods]]
+name = "full"
+[[methods]]
+name = "joint"
+strategy = "bilevel"
+[[methods]]
+name = "dense"
+strategy = "bilevel"
+masks = ""
+[[methods]]
+name = "taught"
+strategy = "apt"
+distill = true
+[[methods]]
+name = "layers"
+strategy = "prune_first"
+set = { score = "top" }
+masks = "prune/layers"
+space = "lora_ranks"
+'''
+    (home / "prune.toml").write_text(text)
+    said: list[str] = []
+    table = run_grid(home / "prune.toml", data=str(home), out=home / "pruned", say=said.append)
+    rows = lines(home / "pruned")
+    found = [(r["method"], r.get("keep"), r["seed"]) for r in rows]
+    pruned = ["joint", "taught", "layers"]
+    cells = [("full", None), ("joint", 0.6), ("dense", None), ("taught", 0.6), ("layers", 0.6),
+             *((name, 0.8) for name in pruned)]
+    assert found == [(*cell, seed) for cell in cells for seed in (0, 1)]
+    for keep in ("60", "80"):
+        spec = Spec.load(home / f"pruned/work/films/2pc/keep-{keep}pc/layers/structure-0")
+        assert spec.keep and spec.keep.used <= float(keep) / 100 * spec.keep.dense
+        assert spec.provenance["space"] == "lora_ranks"
+    assert "| keep | method |" in table and "| 0.6 | taught |" in table
+    assert (home / "pruned/work/films/teacher/teacher.safetensors").is_file()
+    assert "16/16" in said[-1] and said[-1].startswith("[16")
 
 
 def test_a_killed_grid_goes_on_to_the_same_lines(whole: Path, home: Path) -> None:

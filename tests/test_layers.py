@@ -37,6 +37,7 @@ STOREYS: dict[float, list[str]] = {
     5.3: ["propose", "teach", "verify"],
     5.5: ["engine"],
     6: ["export", "gridfile", "ledger", "plan", "plot", "survey", "transfer", "tune"],
+    6.3: ["gridcells"],
     6.5: ["grid"],
     7: ["failures", "options", "report", "views"],
     7.5: ["progress"],

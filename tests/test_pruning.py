@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,12 +16,14 @@ from searchpet.backbone import config_hash
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.flops import flops as counted
+from searchpet.importance import POSITIONS, importance, names
 from searchpet.limits import Keep, Limits
 from searchpet.merge import merge
 from searchpet.propose import Ask
 from searchpet.pruning import Prune, asked, keep_of
 from searchpet.space import Space
 from searchpet.spec import BackboneId, BudgetUse, KeepUse, Spec
+from searchpet.strategies import Problem
 from searchpet.supernet import Supernet
 from tests.laws import families as tiny
 from tests.laws.problems import Draws, problem
@@ -200,15 +203,57 @@ def test_a_search_with_masks_finds_what_does_not_matter() -> None:
     assert sum(i in useless for i in gone) >= 0.75 * len(gone)
 
 
-@pytest.mark.parametrize("name", ["random", "uniform"])
-def test_controls_obey_both_budgets(name: str) -> None:
+@pytest.mark.parametrize("name", [n for n in catalog.names("strategies") if n != "s3pet"])
+def test_every_strategy_obeys_both_budgets_and_its_seed(name: str) -> None:
+    found = []
+    for _ in range(2):
+        model = tiny.model("bert")
+        space = Space("test", discover(model), [*PET, *MASKS])
+        given = problem(model, space, 300, steps=12)
+        given.keep = keep_of(Prune("flops", "50%"), model, space)
+        given.importance = partial(_importance, given)
+        ranking = catalog.get("strategies", name)(given)
+        assert 0 < given.limits.parameters(ranking.keep) <= 300
+        assert 0.2 < given.limits.kept(ranking.keep) / given.keep.cost.dense <= 0.5
+        given.net.remove()
+        fresh = tiny.model("bert").bert.state_dict()
+        assert all(torch.equal(t, fresh[n]) for n, t in model.bert.state_dict().items())
+        found.append(ranking.keep)
+    assert torch.equal(*found)
+
+
+def _importance(given: Problem, name: str, batches: Any) -> torch.Tensor:
+    return importance(name, given.net, batches, given.loss, given.generator)
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n not in ("random", "contribution")])
+def test_a_score_tells_what_does_not_matter(name: str) -> None:
+    """Attention heads and neurons whose outputs are scaled to nothing score lowest."""
     model = tiny.model("bert")
-    space = Space("test", discover(model), [*PET, *MASKS])
+    space = Space("test", discover(model), [
+        tiny.rule("lora", "atom"), tiny.rule("heads", "atom"),
+        tiny.rule("neurons", "atom", {"most": 4, "multiple": 1})])
+    useless = torch.zeros(len(space), dtype=torch.bool)
+    mixing = {p.site.path: model.get_submodule(p.site.path).weight
+              for p in space.placements if p.neutral == 1}
+    with torch.no_grad():
+        for p in space.placements:
+            if p.neutral == 1:
+                mixing[p.site.path][:, : p.run] *= 1e-3
+                useless[space.unit[p.start]] = True
     given = problem(model, space, 300)
-    given.keep = keep_of(Prune("flops", "50%"), model, space)
-    ranking = catalog.get("strategies", name)(given)
-    assert 0 < given.limits.parameters(ranking.keep) <= 300
-    assert 0.2 < given.limits.kept(ranking.keep) / given.keep.cost.dense <= 0.5
+    given.keep = keep_of(Prune("weights", "70%"), model, space)
+    score = _importance(given, name, [given.train[i] for i in range(4)])
+    if name in POSITIONS:
+        assert torch.equal(score != 0, space.prunes) or name in ("top", "bottom", "symmetric")
+        return
+    for p in space.placements:
+        if p.neutral == 1:
+            units = space.unit[p.start : p.start + p.width]
+            lowest = units[score[units].argmin()]
+            # a matrix's rows before the output are as they were: only the gate sees it all
+            assert bool(useless[lowest]) or name in ("magnitude", "wanda", "grasp")
+    assert not score[~space.prunes].any()
 
 
 @pytest.mark.parametrize(("given", "message"), [

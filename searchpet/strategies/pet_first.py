@@ -16,6 +16,7 @@ from searchpet.settle import settle
 from searchpet.strategies import Problem, Ranking
 
 TRAINS = True
+PRUNES = True  # needs masks and a limit on what they leave
 
 
 def search(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -27,7 +28,13 @@ def cases() -> list[tuple[str, str]]:
         (name, variant) for name in catalog.names("strategies")
         for variant in [v for s, v in own if s == name] or
         (["module", "unit"] if name == "random" else [""])
+        if not needs_masks(name)  # their laws are in test_pruning
     ]
+
+
+def needs_masks(name: str) -> bool:
+    """Whether a strategy works on spaces with prune masks alone."""
+    return hasattr(importlib.import_module(f"searchpet.strategies.{name}"), "PRUNES")
 
 
 every_strategy = pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""The cells of a grid: one method on one task at one budget, pruned to one share or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from searchpet.budget import Budget
+from searchpet.gridfile import REFERENCES, GridFile, Method
+from searchpet.session import Session
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell, and the folder for what it leaves behind."""
+
+    task: str
+    budget: str
+    share: float
+    method: Method
+    path: Path
+    keep: str = ""  # of the FLOPs, such as 60%; "": this cell does not prune
+
+    @property
+    def kept(self) -> float:
+        return float(Fraction(self.keep[:-1].strip()) / 100) if self.keep else 1.0
+
+    def key(self, structure: int, seed: int, *tau: float) -> tuple[Any, ...]:
+        return (self.task, self.share, self.method.name, structure, seed, self.kept, *tau)
+
+    def __str__(self) -> str:
+        budget = "" if self.method.name in REFERENCES else f" {self.budget}"
+        keep = f" keep {self.keep}" if self.keep else ""
+        return f"{self.task}{budget}{keep} {self.method.name}"
+
+
+def cells_of(grid: GridFile, folder: Path, task: str, session: Callable[[], Session],
+             ) -> Iterator[Cell]:
+    """The cells of a task, in the order in which they are worked on; references once.
+
+    session: opened only where a budget is no share.
+    """
+    for i, budget in enumerate(map(str, grid.budgets)):
+        share = _share(budget, session)
+        for j, keep in enumerate(grid.keep_flops or ("",)):
+            for method in grid.methods:
+                prunes = method.masks and method.name not in REFERENCES
+                if method.name in REFERENCES and i + j == 0:
+                    yield _cell(folder, task, "", REFERENCES[method.name], method, "")
+                elif method.name not in REFERENCES and (prunes or j == 0):
+                    yield _cell(folder, task, budget, share, method, keep if prunes else "")
+
+
+def trainings_of(grid: GridFile) -> int:
+    """Trainings of the whole grid, those that choose tau included."""
+    sweep = len(grid.taus) if len(grid.taus) > 1 else 0
+    total = 0
+    for method in grid.methods:
+        reference = method.name in REFERENCES
+        keeps = max(1, len(grid.keep_flops)) if method.masks else 1
+        cells = 1 if reference else len(grid.budgets) * keeps
+        structures = 1 if reference else method.structures
+        total += cells * (structures * len(grid.seeds) + sweep)
+    return len(grid.tasks) * total
+
+
+def file_name(text: str) -> str:
+    """A name of a task, budget or method as a folder's name."""
+    return text.replace("%", "pc").replace("/", "--").replace(":", "-").replace(" ", "_")
+
+
+def _cell(folder: Path, task: str, budget: str, share: float, method: Method, keep: str) -> Cell:
+    parts = [task, budget or "all", *([f"keep-{keep}"] if keep else []), method.name]
+    path = folder.joinpath("work", *(file_name(part) for part in parts))
+    return Cell(task, budget, share, method, path, keep)
+
+
+def _share(budget: str, session: Callable[[], Session]) -> float:
+    """A budget as a fraction of the backbone's parameters."""
+    if budget.endswith("%"):
+        return float(Fraction(budget[:-1].strip()) / 100)
+    parameters = session().identity.parameters
+    return Budget.parse(budget, parameters).limit / parameters
