@@ -19,7 +19,14 @@ from searchpet.backbone import config_hash, load_backbone
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.grafts import Graft, Grafts
-from searchpet.realise import cut, mask_grafts, pet_grafts, renamer, structure
+from searchpet.realise import (
+    cut,
+    mask_grafts,
+    pet_grafts,
+    renamer,
+    structure,
+    weight_grafts,
+)
 from searchpet.removal import removable
 from searchpet.removal import remove as cut_out
 from searchpet.run import RunFolder
@@ -65,13 +72,17 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
     head = outside_base(model) if head is None else head
     plan = structure(spec, discover(model))
     if remove is None:
-        remove = plan.prunes and removable(model, cut(plan)) is None
+        remove = (plan.prunes and not plan.weights
+                  and removable(model, cut(plan)) is None)
     found = pet_grafts(plan, seed)
     _count(model, spec, found, head)  # before anything is changed
+    weighed = weight_grafts(plan, spec)
+    if remove and plan.prunes and weighed:
+        raise InputError("masks of weights and removal do not go together; use remove=False")
     if remove and plan.prunes:
         found = pet_grafts(plan, seed, renamer(cut_out(model, cut(plan))))
     else:
-        found += mask_grafts(plan)
+        found += mask_grafts(plan) + weighed
     freeze(model, head)
     model.searchpet = Grafts(model, found)
     return model

@@ -9,6 +9,7 @@ from typing import Any
 
 from searchpet.apply import apply, load, origin, read_delta, restore
 from searchpet.batch import encode
+from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.errors import InputError
 from searchpet.merge import merge
 from searchpet.propose import STRATEGY, Ask, propose
@@ -132,6 +133,8 @@ def train(
     if found:
         _teach(session, folder, distill)
         check_backbone(session, found)
+        if bits := read_bits(found):
+            folder.write_tensors(MASK_FILE, bits)
         folder.write_text("spec.json", found.text())
     row = _trained(session, folder, found or str(reference), sweep=sweep, test=test)
     values = {

@@ -1,6 +1,7 @@
 """Grafts: deltas hooked into a backbone.
 
-Hooks on a module run the stages in order: `input` deltas change its x before anything sees it;
+`weight` deltas change a module's weight, as parametrizations; hooks run the other stages in order:
+`input` deltas change its x before anything sees it;
 `parallel` deltas of every site of the module see the same x and y and their results add;
 `sequential` deltas act on the result, `output` deltas on all of that.  The backbone's forward
 runs as it is.
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from searchpet.deltas import Delta
 from searchpet.site import Site
@@ -68,6 +70,7 @@ class Grafts(nn.Module):
         self.watch: Callable[[int, Tensor | None, Tensor], None] | None = None
         self._inputs: dict[str, Tensor] = {}
         self._handles: list[Any] = []
+        self._weighed: list[nn.Module] = []
         self._attach(model)
 
     def _attach(self, model: nn.Module) -> None:
@@ -75,6 +78,11 @@ class Grafts(nn.Module):
         for i, graft in enumerate(self.grafts):
             at[graft.at].append(i)
         for path, members in at.items():
+            for i in [i for i in members if self.grafts[i].delta.stage == "weight"]:
+                module = model.get_submodule(path)
+                parametrize.register_parametrization(module, "weight", _Weigh(self, i, module))
+                self._weighed.append(module)
+            members = [i for i in members if self.grafts[i].delta.stage != "weight"]
             enter = [i for i in members if self.grafts[i].delta.stage == "input"]
             if enter:
                 self._handles.append(model.get_submodule(path).register_forward_pre_hook(
@@ -110,6 +118,9 @@ class Grafts(nn.Module):
         """Remove all hooks; the backbone is as it was."""
         for handle in self._handles:
             handle.remove()
+        for module in self._weighed:
+            if parametrize.is_parametrized(module, "weight"):
+                parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Trained tensors by name, `path:role:kind/parameter`."""
@@ -125,6 +136,28 @@ class _Remember:
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.inputs[self.source] = _first(args, kwargs)
+
+
+class _Weigh(nn.Module):
+    """Parametrization: W -> W with a `weight` delta, on the rows that are the site's."""
+
+    def __init__(self, owner: Grafts, i: int, module: nn.Module) -> None:
+        super().__init__()
+        self.owner = (owner,)  # in a tuple: no submodule, the owner holds the deltas
+        self.i, self.turned = i, hasattr(module, "nf")  # GPT-2's Conv1D stores the transpose
+
+    def forward(self, weight: Tensor) -> Tensor:
+        (owner,), i = self.owner, self.i
+        z, rows = owner.z[i], owner.grafts[i].writes
+        if z.dim() > 1:
+            raise ValueError("masks of weights have no gates per example, but z has "
+                             f"{z.shape[0]} rows")
+        matrix = weight.T if self.turned else weight
+        part = matrix if rows is None else matrix[rows.to(matrix.device)]
+        change = owner.deltas[i](part, part, z).to(matrix.dtype)
+        new = matrix + change if rows is None else matrix.index_add(
+            0, rows.to(matrix.device), change)
+        return new.T if self.turned else new
 
 
 class _Enter:

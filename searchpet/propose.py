@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from searchpet import catalog
 from searchpet.batch import halve
 from searchpet.budget import Budget
+from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
 from searchpet.importance import importance
@@ -141,16 +142,45 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         space = ask.units(model)
         limits, limit = budget_of(session, ask.budget, ask.count_head)
         limits.afford(int(space.cost[~space.prunes].min()) + limits.limit - limit)
-        keep = keep_of(ask.prune, model, space) if ask.prune else None
+        keep = keep_of(ask.prune, model, space) if ask.prune and not space.bulk else None
         net = Supernet(model, space, session.head, seed)
+        problem = _problem(session, folder, net, limit, keep, seed)
+        bulk = _bulk(ask, problem) if space.bulk else None
         try:
-            problem = _problem(session, folder, net, limit, keep, seed)
             ranking = search(problem, **keywords)
         finally:
             net.remove()
+            if bulk:
+                bulk.remove()
     spec = _spec(session, ask, problem.limits, ranking.keep, limits,
                  _provenance(session, ask, space, keywords, seed))
+    if bulk:
+        spec = _with_bulk(spec, bulk, ask, folder)
     return spec, round(time.monotonic() - began, 3)
+
+
+def _bulk(ask: Ask, problem: Problem) -> Bulk:
+    """The weight masks of a problem.  Raises InputError for what they cannot be asked."""
+    if ask.prune is None or ask.prune.measure != "weights":
+        raise InputError("masks of single weights save no FLOPs, so they need --keep-weights, "
+                         "such as 50%, and --masks")
+    bulk = Bulk(problem.space, problem.net.model, float(ask.prune.share), ask.prune.text,
+                problem.loss, problem.generator)
+    problem.settle_weights = bulk.settle
+    return bulk
+
+
+def _with_bulk(spec: Spec, bulk: Bulk, ask: Ask, folder: RunFolder | None) -> Spec:
+    """The spec with its weight masks, which are written beside it."""
+    if not bulk.keeps:
+        raise InputError(f"strategy {ask.strategy} chooses no masks of weights; take --strategy "
+                         "prune_first")
+    whole = spec.model_copy(update={
+        "entries": (*spec.entries, *bulk.entries()), "keep": bulk.use()})
+    if folder is not None:
+        folder.write_tensors(MASK_FILE, bulk.bits())
+        whole._folder = folder.path
+    return whole
 
 
 def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budget,

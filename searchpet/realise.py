@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from searchpet import catalog
+from searchpet.bulk import read_bits, thinned
 from searchpet.errors import InputError
 from searchpet.grafts import Graft
 from searchpet.hosts import Hosts, Live, Mask
@@ -30,7 +31,7 @@ class Structure:
     """A spec on the sites of its backbone.
 
     hosts: the sites with the spec's masks;  keep: bool over the ids of the masks' coordinates.
-    masks, pet: the entries of either sort.
+    masks, pet, weights: the entries of units to prune, of PET, and of masks of weights.
     """
 
     sites: dict[tuple[str, str], Site]
@@ -38,6 +39,7 @@ class Structure:
     keep: Tensor
     masks: tuple[Entry, ...]
     pet: tuple[Entry, ...]
+    weights: tuple[Entry, ...] = ()
 
     @property
     def prunes(self) -> bool:
@@ -62,7 +64,7 @@ def structure(spec: Spec, sites: Sequence[Site]) -> Structure:
     keeps: list[Tensor] = []
     entries: list[Entry] = []
     for entry in spec.entries:
-        if catalog.get("deltas", entry.kind).neutral == 1:
+        if catalog.get("deltas", entry.kind).neutral == 1 and entry.mask is None:
             site = _site(named, entry)
             with torch.device("meta"):
                 delta = make(entry.kind, site, dict(entry.options))
@@ -73,7 +75,8 @@ def structure(spec: Spec, sites: Sequence[Site]) -> Structure:
             entries.append(entry)
     keep = torch.cat(keeps) if keeps else torch.zeros(0, dtype=torch.bool)
     pet = tuple(e for e in spec.entries if catalog.get("deltas", e.kind).neutral == 0)
-    return Structure(named, Hosts(sites, masks), keep, tuple(entries), pet)
+    weights = tuple(entry for entry in spec.entries if entry.mask is not None)
+    return Structure(named, Hosts(sites, masks), keep, tuple(entries), pet, weights)
 
 
 def pet_grafts(of: Structure, seed: int, moved: Callable[[str], str] | None = None,
@@ -90,6 +93,12 @@ def mask_grafts(of: Structure) -> list[Graft]:
         found.append(Graft(of.site(entry), entry.kind,
                            delta.thin(_bool(entry.kept, delta.width))))
     return found
+
+
+def weight_grafts(of: Structure, spec: Spec) -> list[Graft]:
+    """The masks of weights, read from beside the spec."""
+    bits = read_bits(spec) if of.weights else {}
+    return [thinned(spec, entry, of.site(entry), bits) for entry in of.weights]
 
 
 def cut(of: Structure) -> Cut:

@@ -129,6 +129,7 @@ class Space:
     """Sites x kinds x grain -> units and their prices.
 
     sites: of the model, used or not;  placements: in the order of sites, then rules.
+    bulk:  masks of single weights, which are no units: there are millions.
     unit:  int64 (coordinates,), the unit of each coordinate.
     cost:  int64 (units,), parameters of each unit.
     owner: int64 (units,), the placement of each unit's first coordinate.
@@ -141,25 +142,30 @@ class Space:
         placements: list[Placement] = []
         costs: list[Tensor] = []
         labels: list[Any] = []
+        bulk: list[Placement] = []
         for site, rule in _pairs(name, sites, rules):
             with torch.device("meta"):  # shapes only
                 delta = make(rule.kind, site, rule.options)
-            placements.append(Placement(site, rule.kind, rule.options, rule.grain, delta.width,
-                                        len(labels), delta.atoms, delta.neutral, delta.run))
+            place = Placement(site, rule.kind, rule.options, rule.grain, delta.width,
+                              len(labels), delta.atoms, delta.neutral, delta.run)
+            if delta.stage == "weight":
+                bulk.append(place)
+                continue
+            placements.append(place)
             costs.append(delta.cost())
             labels.extend(catalog.get("grains", rule.grain)(site, rule.kind, delta.width))
-        self.placements = tuple(placements)
+        self.placements, self.bulk = tuple(placements), tuple(bulk)
         numbers: dict[Any, int] = {}
         self.unit = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
         coordinate_cost = torch.cat(costs)
         self.cost = torch.zeros(len(numbers), dtype=torch.int64).index_add_(
             0, self.unit, coordinate_cost)
-        place = torch.repeat_interleave(torch.tensor([p.width for p in placements]))
-        inside = torch.arange(len(labels)) - torch.tensor([p.start for p in placements])[place]
+        where = torch.repeat_interleave(torch.tensor([p.width for p in placements]))
+        inside = torch.arange(len(labels)) - torch.tensor([p.start for p in placements])[where]
         # the first coordinate of each unit: write in reverse, the first one wins
         self.owner = torch.empty(len(numbers), dtype=torch.int64)
         self.first = torch.empty(len(numbers), dtype=torch.int64)
-        self.owner[self.unit.flip(0)] = place.flip(0)
+        self.owner[self.unit.flip(0)] = where.flip(0)
         self.first[self.unit.flip(0)] = inside.flip(0)
         self.neutral = torch.tensor([p.neutral for p in placements])[self.owner]
         self.prunes = self.neutral == 1  # bool (units,)

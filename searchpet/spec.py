@@ -10,7 +10,16 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from searchpet.errors import InputError
 
@@ -35,10 +44,21 @@ class BackboneId(_Frozen):
     parameters: Count
 
 
+class MaskRef(_Frozen):
+    """A mask of weights, too long for a list: it lies in `masks.safetensors` under the entry's
+    key, as packed bits; `sha256` and `count` (what is kept) are those of the mask.
+    """
+
+    shape: Annotated[tuple[int, ...], Field(min_length=1, max_length=2)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    count: Count
+
+
 class Entry(_Frozen):
     """One delta: where, which kind with which options, and which of its coordinates are kept.
 
-    A prune mask keeps what the list says and removes the rest, so its list may be empty.
+    A prune mask keeps what the list says and removes the rest, so its list may be empty; it is
+    where `mask` says instead.
     """
 
     path: Name
@@ -47,6 +67,18 @@ class Entry(_Frozen):
     kind: Name
     options: dict[str, Option]
     kept: list[Count]
+    mask: MaskRef | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = handler(self)
+        return {key: value for key, value in content.items() if value is not None}
+
+    @model_validator(mode="after")
+    def _one_or_the_other(self) -> Entry:
+        if self.mask is not None and self.kept:
+            raise ValueError("an entry must have a list of kept coordinates or a mask, not both")
+        return self
 
     @model_validator(mode="after")
     def _ascending(self) -> Entry:
@@ -118,6 +150,19 @@ class Spec(_Frozen):
     keep: KeepUse | None = None
     plan: tuple[Ratio, ...] = ()
     provenance: dict[str, Any] = {}
+    _folder: Path | None = PrivateAttr(default=None)
+
+    def __eq__(self, other: object) -> bool:
+        """Equal content, wherever it was read from."""
+        return isinstance(other, Spec) and self.text() == other.text()
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the spec was read from; masks of weights lie beside it."""
+        return self._folder
 
     @model_validator(mode="after")
     def _distinct(self) -> Spec:
@@ -166,7 +211,9 @@ class Spec(_Frozen):
             raw = json.loads(source.read_text(encoding="utf-8"), parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:
             raise InputError(f"a spec must be JSON, but {path} is not: {error}") from error
-        return cls.parse(raw, str(path))
+        spec = cls.parse(raw, str(path))
+        spec._folder = source.parent
+        return spec
 
     @classmethod
     def parse(cls, raw: Any, origin: str = "spec") -> Spec:

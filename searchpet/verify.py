@@ -54,7 +54,9 @@ def verify(run: str | Path, model: str | None = None) -> list[Check]:
     if folder.has("result.json"):
         result = folder.read_json("result.json")
         checks.append(_same("trainable parameters of result.json", result["trainable"], stored))
-    if spec.keep is not None:
+    if spec.keep is not None and any(entry.mask for entry in spec.entries):
+        checks.append(_same("weights that are left", round(spec.keep.used), _nonzero(masked)))
+    elif spec.keep is not None:
         checks += _pruned(spec.keep, masked, restore(run, model))
     return checks
 
@@ -89,6 +91,18 @@ def _weights(model: nn.Module) -> int:
     """Elements of the matrices of all linears in blocks, fused ones once."""
     paths = {site.path for site in discover(model) if site.form == "linear"}
     return sum(model.get_submodule(path).get_parameter("weight").numel() for path in paths)
+
+
+def _nonzero(model: nn.Module) -> int:
+    """Elements of the blocks' matrices that no mask of weights takes out; leaves no deltas."""
+    masks = [g for g in grafts(model).grafts if g.delta.stage == "weight"]
+    grafts(model).detach()
+    del model.searchpet
+    total = _weights(model)
+    for graft in masks:
+        whole = torch.ones(graft.site.d_out, graft.site.d_in)
+        total += int(graft.delta.cpu()(whole, whole, torch.ones(graft.delta.width)).sum())
+    return total
 
 
 def _trainable(model: nn.Module) -> int:

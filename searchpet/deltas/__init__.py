@@ -138,6 +138,8 @@ class Groups(nn.Module):
         """z (k,) or (batch, 1, k) -> a factor per feature (..., size)."""
         if self.index is not None:
             z = z.new_zeros(*z.shape[:-1], self.count).index_copy(-1, self.index, z)
+        if self.each == 1:
+            return z
         return z.repeat_interleave(self.each, dim=-1)[..., : self.size]
 
     def thin(self, keep: Tensor) -> Groups:

@@ -45,6 +45,8 @@ class Problem:
     limits:    both, on the space's units: `shift` for probabilities, `fill` for a choice.
     settled:   which prune units stay, (units,) bool, where that is decided already.
     importance: importance(name, batches) -> (units,), a score of every prune unit.
+    settle_weights: (score, allocation, batches) chooses masks of single weights, which are no
+        units, and hooks them in; None where the space has none.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates.
@@ -67,6 +69,7 @@ class Problem:
     keep: Keep | None = None
     settled: Tensor | None = None
     importance: Callable[[str, Sequence[Batch]], Tensor] = _unmeasured
+    settle_weights: Callable[[str, str, Sequence[Batch]], None] | None = None
 
     @cached_property
     def limits(self) -> Limits:

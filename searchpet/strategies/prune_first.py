@@ -20,7 +20,7 @@ def search(
     problem: Problem,
     *,
     score: str = "wanda",  # cheap, and better than magnitude in every published comparison
-    allocation: str = "per_cost",  # units of different size can be compared by nothing else
+    allocation: str = "",  # per_cost for units, which differ in size; for weights see Bulk.settle
     batches: int = 8,  # calibration batches; scores settle after a few
     pet: str = "bilevel",  # the strategy that searches PET on what is left
 ) -> Ranking:
@@ -28,10 +28,15 @@ def search(
 
     Raises InputError where there is nothing to prune, and for an unknown score or allocation.
     """
-    if problem.keep is None:
+    calibration = [problem.train[i] for i in range(batches)]
+    if problem.settle_weights is not None:
+        problem.settle_weights(score, allocation, calibration)
+        rest = problem
+    elif problem.keep is not None:
+        found = problem.importance(score, calibration)
+        rest = replace(problem, settled=settle(problem.limits, found, allocation or "per_cost"))
+    else:
         raise InputError("prune_first prunes, but no limit on inference is given; add "
                          "--keep-flops 60%")
-    found = problem.importance(score, [problem.train[i] for i in range(batches)])
-    rest = replace(problem, settled=settle(problem.limits, found, allocation))
     ranking: Ranking = catalog.get("strategies", pet)(rest)
     return ranking

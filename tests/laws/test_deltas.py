@@ -19,16 +19,17 @@ from searchpet.site import Site
 from searchpet.space import make
 
 SITES = [
-    Site("m.linear", "attention.query", 0, "linear", "encoder", 5, 7),
+    Site("m.linear", "attention.query", 0, "linear", "encoder", 8, 7),
     Site("m.norm", "norm.ffn", 1, "norm", "encoder", 6, 6),
     Site("m.block", "ffn.block", 1, "block", "encoder", 5, 8, source="m.block"),
-    Site("m.mixed", "attention.output", 1, "linear", "encoder", 8, 5, heads=4, kv_heads=2),
-    Site("m.down", "ffn.out", 1, "linear", "encoder", 12, 5),
+    Site("m.mixed", "attention.output", 1, "linear", "encoder", 8, 6, heads=4, kv_heads=2),
+    Site("m.down", "ffn.out", 1, "linear", "encoder", 12, 4),
     Site("m", "layer", 1, "layer", "encoder", 6, 6),
 ]
 # beside each kind's defaults; a new kind needs no entry
 OPTIONS: dict[str, list[dict[str, Any]]] = {
     "adapter": [{"bottleneck": 3}, {"bottleneck": 3, "stage": "parallel", "scaling": 4.0}],
+    "blocks": [{"rows": 1, "columns": 2}],
     "lora": [{"rank": 3}, {"rank": 4, "alpha": 2.0, "rank_stabilised": True}],
     "lowrank_adapter": [{"reduction": 2}],
     "neurons": [{"most": 4, "multiple": 1}, {"most": 5, "multiple": 1}],
@@ -53,7 +54,7 @@ silent_case = pytest.mark.parametrize("case", CASES, ids=name)
 
 def at(delta: Delta, x: Tensor, y: Tensor) -> Tensor:
     """What the delta is added to."""
-    return x if delta.stage == "input" else y
+    return x if delta.stage in ("input", "weight") else y
 
 
 def build(case: Any, perturbed: bool = True) -> Delta:
@@ -68,9 +69,12 @@ def build(case: Any, perturbed: bool = True) -> Delta:
 
 
 def data(delta: Delta, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """x (3, 4, d_in), y (3, 4, d_out)."""
+    """x (3, 4, d_in), y (3, 4, d_out); at stage `weight` x is a weight (d_out, d_in)."""
     generator = torch.Generator().manual_seed(seed)
     site = delta.site
+    if delta.stage == "weight":
+        weight = torch.randn(site.d_out, site.d_in, generator=generator)
+        return weight, weight
     return (torch.randn(3, 4, site.d_in, generator=generator),
             torch.randn(3, 4, site.d_out, generator=generator))
 
@@ -218,6 +222,8 @@ def test_affine_is_the_forward(case: Any) -> None:
 @every_case
 def test_gates_per_example_are_gates_row_by_row(case: Any) -> None:
     delta = build(case)
+    if delta.stage == "weight":
+        return  # one weight for all examples: refused where it is hooked in
     x, y = data(delta)
     z = torch.rand(len(y), 1, delta.width)
     to = at(delta, x, y)
@@ -245,7 +251,8 @@ def test_gradients_are_exact(case: Any) -> None:
     delta = build(case).double()
     names = [label for label, _ in delta.named_parameters()]
     values = [p.detach().clone().requires_grad_() for p in delta.parameters()]
-    x, y = (t[:1, :2].double().requires_grad_() for t in data(delta))
+    few = data(delta) if delta.stage == "weight" else (t[:1, :2] for t in data(delta))
+    x, y = (t.double().requires_grad_() for t in few)
     z = torch.rand(delta.width, dtype=torch.float64, requires_grad=True)
 
     def forward(x: Tensor, y: Tensor, z: Tensor, *parameters: Tensor) -> Tensor:

@@ -1,0 +1,59 @@
+"""Blocks: W <- W * z, tiles of r x c elements of a weight matrix.
+
+Block-sparse kernels need them; on their own they save no time (Lagunas et al. 2021,
+arXiv:2109.04838, who train such masks by movement).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.errors import InputError
+from searchpet.site import Site
+
+
+class Blocks(Delta):
+    """One gate per tile, row by row; no parameters, neutral at 1."""
+
+    stage: Stage = "weight"
+    neutral: ClassVar[float] = 1.0
+
+    @classmethod
+    def fits(cls, site: Site) -> bool:
+        return site.form == "linear"
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        rows: int = 1,  # x 4 columns: what torch's block sparsity takes
+        columns: int = 4,
+        channels: Groups | None = None,
+    ) -> None:
+        if site.d_out % rows or site.d_in % columns:
+            raise InputError(f"blocks of {rows} x {columns} must tile a matrix of {site.d_out} x "
+                             f"{site.d_in}, that of {site.path}; take divisors")
+        if channels is None:
+            channels = Groups(site.d_out // rows * (site.d_in // columns), 1)
+        super().__init__(width=len(channels))
+        self.options: dict[str, Any] = {"rows": rows, "columns": columns}
+        self.site = site
+        self.groups = channels
+
+    def cost(self) -> Tensor:
+        return each(self.width, 0)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        rows, columns = self.options["rows"], self.options["columns"]
+        tiles = self.groups.at(z).view(len(x) // rows, -1)  # (d_out / r, d_in / c)
+        mask = tiles.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+        return (mask - 1) * x  # x is W (d_out, d_in)
+
+    def thin(self, keep: Tensor) -> Blocks:
+        return Blocks(self.site, **self.options, channels=self.groups.thin(keep))
+
+
+KIND = Blocks

@@ -1,0 +1,56 @@
+"""N:M: W <- W * z with n of every m neighbours in a row kept; 2:4 is what GPUs speed up.
+
+Mishra et al. 2021, arXiv:2104.08378.  The count is a law of a finished mask, which
+whoever makes or loads one checks (`searchpet.masks.legal_n_m`); gates of a search may be anything.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.errors import InputError
+from searchpet.site import Site
+
+
+class NM(Delta):
+    """One gate per element; no parameters, neutral at 1."""
+
+    stage: Stage = "weight"
+    neutral: ClassVar[float] = 1.0
+
+    @classmethod
+    def fits(cls, site: Site) -> bool:
+        return site.form == "linear"
+
+    def __init__(
+        self,
+        site: Site,
+        *,
+        n: int = 2,
+        m: int = 4,
+        channels: Groups | None = None,
+    ) -> None:
+        if n > m or site.d_in % m:
+            raise InputError(f"{n}:{m} needs n <= m and rows of a multiple of {m}, but "
+                             f"{site.path} has rows of {site.d_in}")
+        if channels is None:
+            channels = Groups(site.d_out * site.d_in, 1)
+        super().__init__(width=len(channels))
+        self.options: dict[str, Any] = {"n": n, "m": m}
+        self.site = site
+        self.groups = channels
+
+    def cost(self) -> Tensor:
+        return each(self.width, 0)
+
+    def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+        return (self.groups.at(z).view_as(x) - 1) * x  # x is W (d_out, d_in)
+
+    def thin(self, keep: Tensor) -> NM:
+        return NM(self.site, **self.options, channels=self.groups.thin(keep))
+
+
+KIND = NM

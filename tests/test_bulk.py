@@ -1,0 +1,142 @@
+"""Masks of single weights: chosen exactly, stored as bits beside the spec, and honoured."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import searchpet
+from searchpet import cli
+from searchpet.discover import discover
+from searchpet.masks import legal_n_m
+from searchpet.spec import Spec
+from tests.commands import write_task
+
+JOB = ["search", "--model", "tiny", "--task", "films", "--budget", "2%", "--strategy",
+       "prune_first", "--steps", "6", "--batch-size", "8", "--max-length", "16", "--tau", "0.5",
+       "--controls", "0", "--quiet"]
+WEIGHTS = 2 * (4 * 32 * 32 + 2 * 32 * 64)  # of the tiny BERT's matrices in blocks
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Path]:
+    """A folder with a task, a backbone, and runs that keep half of the weights."""
+    folder = tmp_path_factory.mktemp("bulk")
+    write_task(folder / "films")
+    (folder / "tiny").symlink_to(tiny_folder)
+    (folder / "blocks.toml").write_text(
+        'description = "tiles"\n[[rule]]\nkind = "blocks"\ngrain = "atom"\n'
+        'options = {rows = 4, columns = 4}\nselect = {role = "ffn.*"}\n')
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("SEARCHPET_DATA", raising=False)
+        for name, masks, share in (("free", "prune/weights", "30%"),
+                                   ("two_four", "prune/two_four", "50%"),
+                                   ("tiles", "blocks.toml", "70%")):
+            words = [*JOB, "--keep-weights", share, "--masks", masks, "--out", name]
+            assert cli.main(words) == 0
+        yield folder
+
+
+def nonzero(run: str) -> dict[str, torch.Tensor]:
+    """Kept elements of each matrix of the loaded model."""
+    model = searchpet.load(run)
+    paths = {g.at for g in model.searchpet.grafts if g.delta.stage == "weight"}
+    return {path: model.get_submodule(path).weight.detach() != 0 for path in paths}
+
+
+@pytest.mark.parametrize(("run", "share"), [("free", 0.3), ("two_four", 0.5), ("tiles", 0.7)])
+def test_exactly_the_asked_share_stays(home: Path, run: str, share: float) -> None:
+    spec, kept = Spec.load(run), nonzero(run)
+    assert spec.keep and spec.keep.dense == WEIGHTS
+    assert spec.keep.limit == int(share * WEIGHTS)
+    covered = sum(mask.numel() for mask in kept.values())
+    total = WEIGHTS - covered + sum(int(mask.sum()) for mask in kept.values())
+    assert spec.keep.used == total <= spec.keep.limit
+    assert total > spec.keep.limit - 16  # less than a tile below
+
+
+def test_two_of_four_stay_in_every_row(home: Path) -> None:
+    assert all(legal_n_m(mask, 2, 4) for mask in nonzero("two_four").values())
+
+
+def test_tiles_are_whole(home: Path) -> None:
+    for mask in nonzero("tiles").values():
+        tiles = mask.unfold(0, 4, 4).unfold(1, 4, 4).sum((-1, -2))
+        assert set(tiles.unique().tolist()) <= {0, 16}
+
+
+def test_the_pretrained_weights_stay_where_they_are_kept(home: Path) -> None:
+    model, dense = searchpet.load("free"), searchpet.load("free", remove=False)
+    dense.searchpet.detach()
+    for path, mask in nonzero("free").items():
+        whole, masked = (m.get_submodule(path).weight for m in (dense, model))
+        assert torch.equal(masked, whole * mask) and bool((whole != 0).all())
+    names = {name for name, _ in dense.named_parameters()}
+    assert not any("parametrizations" in name for name in names)
+    assert discover(dense)  # whole again
+
+
+def test_the_run_evaluates_verifies_and_trains_again(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = json.loads(Path("free/result.json").read_text())
+    assert not result["removed"]
+    assert cli.main(["evaluate", "free", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["score"])
+    assert cli.main(["verify", "free"]) == 0
+    said = capsys.readouterr().out
+    assert "weights that are left" in said and "WRONG" not in said
+    assert cli.main(["show", "free"]) == 0
+    assert "of the blocks' weights" in capsys.readouterr().out
+    words = ["train", "free", "--steps", "4", "--batch-size", "8", "--seed", "1", "--quiet"]
+    assert cli.main([*words, "--out", "again"]) == 0
+    before, after = nonzero("free"), nonzero("again")
+    assert all(torch.equal(mask, after[path]) for path, mask in before.items())  # locked
+
+
+@pytest.mark.parametrize("what", ["absent", "changed", "gone", "broken"])
+def test_masks_that_are_not_the_specs_are_refused(
+    home: Path, what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree("free", run)
+    file = run / "masks.safetensors"
+    bits = load_file(file)
+    name = min(bits)
+    if what == "absent":
+        file.unlink()
+    elif what == "broken":
+        file.write_bytes(file.read_bytes()[:100])
+    else:
+        if what == "changed":
+            bits[name] = bits[name] ^ 1
+        else:
+            del bits[name]
+        save_file(bits, file)
+    assert cli.main(["evaluate", str(run)]) == 2
+    said = capsys.readouterr().err
+    assert "masks.safetensors" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--keep-flops", "50%", "--masks", "prune/weights"], "save no FLOPs"),
+    (["--keep-weights", "40%", "--masks", "prune/two_four"], "by their rule"),
+    (["--keep-weights", "20%", "--masks", "blocks.toml"], "must leave what no mask covers"),
+    (["--keep-weights", "50%", "--masks", "prune/weights", "--strategy", "bilevel"],
+     "chooses no masks of weights"),
+    (["--keep-weights", "50%", "--masks", "prune/weights", "--set", "prune_first.score=movement"],
+     "needs a training"),
+])
+def test_what_cannot_be_asked_is_one_line(
+    home: Path, words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*JOB, *words, "--out", "wrong"]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
