@@ -76,7 +76,7 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
                   and removable(model, cut(plan)) is None)
     found = pet_grafts(plan, seed)
     _count(model, spec, found, head)  # before anything is changed
-    weighed = weight_grafts(plan, spec)
+    weighed = weight_grafts(plan)
     if remove and plan.prunes and weighed:
         raise InputError("masks of weights and removal do not go together; use remove=False")
     if remove and plan.prunes:
@@ -102,7 +102,7 @@ def has_masks(model: nn.Module) -> bool:
 
 def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str]) -> None:
     """Raise InputError unless the deltas cost what the spec says."""
-    counted = sum(p.numel() for graft in pet for p in graft.delta.parameters())
+    counted = sum(graft.parameters for graft in pet)
     if spec.budget.counts == "deltas and head":
         counted += sum(p.numel() for n, p in model.named_parameters() if n in head)
     elif counted != spec.budget.used:
@@ -205,7 +205,9 @@ def write_tensors(model: nn.Module, head: frozenset[str], tensors: Mapping[str, 
         if target.shape != tensors[name].shape:
             raise InputError(f"{origin}: {name} must have shape {tuple(target.shape)}, but has "
                              f"{tuple(tensors[name].shape)}")
-        target.copy_(tensors[name])
+        if name.startswith("head/"):
+            target.copy_(tensors[name])
+    grafts(model).restore(tensors)
 
 
 def outside_base(model: nn.Module) -> frozenset[str]:

@@ -113,7 +113,7 @@ class Bulk:
             self._grafts.detach()
 
 
-def read_mask(spec: Spec, entry: Entry, bits: Mapping[str, Tensor]) -> Tensor:
+def read_mask(entry: Entry, bits: Mapping[str, Tensor]) -> Tensor:
     """An entry's mask, bool (width,).  Raises InputError unless it is the one that was meant."""
     assert entry.mask is not None
     if entry.key not in bits:
@@ -126,10 +126,10 @@ def read_mask(spec: Spec, entry: Entry, bits: Mapping[str, Tensor]) -> Tensor:
     return mask
 
 
-def thinned(spec: Spec, entry: Entry, site: Site, bits: Mapping[str, Tensor]) -> Graft:
+def thinned(entry: Entry, site: Site, bits: Mapping[str, Tensor]) -> Graft:
     """The graft of a mask entry.  Raises InputError for a mask that breaks its kind's rule."""
     delta = make(entry.kind, site, dict(entry.options))
-    mask = read_mask(spec, entry, bits)
+    mask = read_mask(entry, bits)
     if len(mask) != delta.width:
         raise InputError(f"{entry.key}: a mask must have {delta.width} elements, but has "
                          f"{len(mask)}")

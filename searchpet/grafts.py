@@ -10,7 +10,7 @@ runs as it is.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,8 @@ class Graft:
 
     reads, writes: features of the module's input and output that the delta sees and changes, as
     indices; None for all of them.  path: where the site is now, if not at `site.path`: removed
-    layers renumber the others, while names in files stay.
+    layers renumber the others, while names in files stay.  sparse: masks of the delta's
+    parameters by name, where some are 0 for good.
     """
 
     site: Site
@@ -39,6 +40,7 @@ class Graft:
     reads: Tensor | None = None
     writes: Tensor | None = None
     path: str = ""
+    sparse: Mapping[str, Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.writes is None and self.site.index:
@@ -48,6 +50,13 @@ class Graft:
     @property
     def key(self) -> str:
         return f"{self.site.path}:{self.site.role}:{self.kind}"
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers."""
+        if self.sparse is not None:
+            return sum(int(mask.sum()) for mask in self.sparse.values())
+        return sum(p.numel() for p in self.delta.parameters())
 
     @property
     def at(self) -> str:
@@ -123,9 +132,21 @@ class Grafts(nn.Module):
                 parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Trained tensors by name, `path:role:kind/parameter`."""
-        return {f"{g.key}/{name}": p.detach() for g in self.grafts
-                for name, p in g.delta.named_parameters()}
+        """Trained tensors by name, `path:role:kind/parameter`; of sparse ones what is kept."""
+        return {f"{g.key}/{name}": p.detach() if g.sparse is None else
+                p.detach()[g.sparse[name].to(p.device)]
+                for g in self.grafts for name, p in g.delta.named_parameters()}
+
+    @torch.no_grad()
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy what `tensors` gave back in; names and shapes are the caller's to check."""
+        for g in self.grafts:
+            for name, p in g.delta.named_parameters():
+                value = tensors[f"{g.key}/{name}"].to(p)
+                if g.sparse is None:
+                    p.copy_(value)
+                else:
+                    p.masked_scatter_(g.sparse[name].to(p.device), value)
 
 
 class _Remember:

@@ -19,11 +19,14 @@ from searchpet.errors import InputError
 from searchpet.grafts import Graft, Grafts
 
 
-def merge(model: nn.Module) -> nn.Module:
+def merge(model: nn.Module, keep_zeros: bool = False) -> nn.Module:
     """Fold a model's deltas into its weights and remove the hooks; return the model.
 
-    Masks become zeros.  Raises InputError, before anything is changed, for a kind that is not
-    affine and for a bias on a module that has none.
+    Masks become zeros.  A low-rank update of a matrix with single weights masked would fill them:
+    with `keep_zeros` it is masked too, as in SQFT (Munoz et al. 2024, arXiv:2410.03750), and the
+    outputs change; without, such a model is refused.
+    Raises InputError, before anything is changed, for that, for a kind that is not affine and for
+    a bias on a module that has none.
     """
     grafts = getattr(model, "searchpet", None)
     if not isinstance(grafts, Grafts):
@@ -34,6 +37,11 @@ def merge(model: nn.Module) -> nn.Module:
         members[graft.at].append(graft)
     folds = {path: _fold_of(model.get_submodule(path), path, own)
              for path, own in members.items()}
+    for path, fold in folds.items():
+        if fold.mask is not None and fold.affine.M is not None and not keep_zeros:
+            raise InputError(f"an update of {path} would fill the zeros of its mask; "
+                             "merge(model, keep_zeros=True) masks the update too, which changes "
+                             "outputs, or keep the deltas unmerged")
     grafts.detach()
     del model.searchpet
     with torch.no_grad():
@@ -42,16 +50,20 @@ def merge(model: nn.Module) -> nn.Module:
     return model
 
 
+_FACTORS = {"input": "before", "output": "after", "weight": "mask"}  # stage -> field of _Fold
+
+
 @dataclass
 class _Fold:
     """y -> after * (y + M x + g * y + c) with x -> before * x, on a whole module.
 
-    before (d_in,), after (d_out,): factors; None is 1.
+    before (d_in,), after (d_out,), mask (d_out, d_in) of the weight: factors; None is 1.
     """
 
     affine: Affine
     before: Tensor | None = None
     after: Tensor | None = None
+    mask: Tensor | None = None
 
 
 def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
@@ -61,8 +73,8 @@ def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
     fold = _Fold(_sum(affines))
     for graft in members:
         if graft.delta.neutral == 1:
-            stage, factor = graft.delta.stage, _factor(graft, d_in, d_out)
-            name = "before" if stage == "input" else "after"
+            factor = _factor(graft, d_in, d_out)
+            name = _FACTORS[graft.delta.stage]
             so_far = getattr(fold, name)
             setattr(fold, name, factor if so_far is None else so_far * factor)
     if fold.affine.c is not None and getattr(module, "bias", None) is None:
@@ -94,8 +106,14 @@ def _factor(graft: Graft, d_in: int, d_out: int) -> Tensor:
     if graft.site.form == "layer":
         raise InputError(f"a layer's mask cannot be merged, but {graft.site.path} has one; load "
                          "the run with remove=True, which takes the layer out")
-    ones = torch.ones(d_in if graft.delta.stage == "input" else d_out)
-    delta = graft.delta.cpu()
+    delta, site = graft.delta.cpu(), graft.site
+    if delta.stage == "weight":
+        whole = torch.ones(site.d_out, site.d_in)
+        mask = torch.ones(d_out, d_in)
+        rows = slice(None) if graft.writes is None else graft.writes.cpu()
+        mask[rows] = whole + delta(whole, whole, torch.ones(delta.width))
+        return mask
+    ones = torch.ones(d_in if delta.stage == "input" else d_out)
     factor: Tensor = ones + delta(ones, ones, torch.ones(delta.width))
     return factor
 
@@ -144,6 +162,7 @@ def _write(module: nn.Module, fold: _Fold) -> None:
         matrix = weight.T if hasattr(module, "nf") else weight
         new = matrix if gain is None else matrix * gain.unsqueeze(-1)
         new = new if affine.M is None else new + affine.M
+        new = new if fold.mask is None else new * fold.mask.to(new.device)
         matrix.copy_(new if fold.before is None else new * fold.before.to(new.device))
     if bias is not None:
         new = bias if gain is None else bias * gain

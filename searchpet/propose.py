@@ -27,11 +27,13 @@ from searchpet.pruning import used as kept_use
 from searchpet.run import RunFolder
 from searchpet.session import Session
 from searchpet.space import Space, read_space, space_names
+from searchpet.sparse import Sparse
 from searchpet.spec import BackboneId, BudgetUse, Spec
-from searchpet.strategies import Problem, Ranking
+from searchpet.strategies import Problem, Ranking, descend
 from searchpet.supernet import Supernet
 from searchpet.train import loss_of
 
+WARM = 10  # steps before a second scoring of PET's own parameters; two would do
 SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
 STRATEGY = "bilevel"
 SPACE = "nano"
@@ -146,6 +148,7 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         net = Supernet(model, space, session.head, seed)
         problem = _problem(session, folder, net, limit, keep, seed)
         bulk = _bulk(ask, problem) if space.bulk else None
+        sparse = _sparse(problem)
         try:
             ranking = search(problem, **keywords)
         finally:
@@ -153,7 +156,10 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
             if bulk:
                 bulk.remove()
     spec = _spec(session, ask, problem.limits, ranking.keep, limits,
-                 _provenance(session, ask, space, keywords, seed))
+                 _provenance(session, ask, space, keywords, seed), sparse)
+    if sparse.keeps and folder is not None:
+        folder.write_tensors(MASK_FILE, sparse.bits())
+        spec._folder = folder.path
     if bulk:
         spec = _with_bulk(spec, bulk, ask, folder)
     return spec, round(time.monotonic() - began, 3)
@@ -183,17 +189,39 @@ def _with_bulk(spec: Spec, bulk: Bulk, ask: Ask, folder: RunFolder | None) -> Sp
     return whole
 
 
+def _sparse(problem: Problem) -> Sparse:
+    """The masks of PET's own parameters, if the strategy settles any.
+
+    Its warm-up is a few steps of the whole space, at rates lowered as `bilevel` lowers them.
+    """
+    def warm() -> None:
+        crowd = min(1.0, problem.limit / problem.space.total) ** 0.5
+        rates = {kind: r * (1.0 if kind == "head" else crowd)
+                 for kind, r in problem.rates.items()}
+        learn = torch.optim.AdamW(problem.net.groups(rates), weight_decay=0.0)
+        for step in range(WARM):
+            descend(problem, learn, problem.train[step])
+
+    sparse = Sparse(problem.net, problem.limit, problem.loss, warm, problem.generator)
+    problem.settle_pet = sparse.settle
+    return sparse
+
+
 def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budget,
-          provenance: dict[str, Any]) -> Spec:
+          provenance: dict[str, Any], sparse: Sparse) -> Spec:
     """The choice as a spec; the budgets are asserted once more."""
     used, limit = limits.parameters(keep), limits.limit
+    entries = limits.entries(keep)
+    if sparse.keeps:
+        entries = sparse.entries(entries)
+        used = sum(entry.mask.count for entry in entries if entry.mask)
     if used > limit:
         raise RuntimeError(f"strategy {ask.strategy} kept {used} parameters, above {limit}")
     if not used:
         raise InputError(f"a budget must buy at least one choice of {ask.strategy}, but {limit:,} "
                          f"parameters buy none in space {limits.space.name}; raise the budget")
     return Spec(
-        backbone=BackboneId(**asdict(session.identity)), entries=limits.entries(keep),
+        backbone=BackboneId(**asdict(session.identity)), entries=entries,
         budget=BudgetUse(
             text=budget.text, limit=budget.limit, used=used + budget.limit - limit,
             slack=limit - used, denominator=budget.denominator,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from searchpet import catalog
-from searchpet.bulk import read_bits, thinned
+from searchpet.bulk import read_bits, read_mask, thinned
 from searchpet.errors import InputError
 from searchpet.grafts import Graft
 from searchpet.hosts import Hosts, Live, Mask
@@ -22,6 +22,7 @@ from searchpet.limits import kept_channels
 from searchpet.removal import Cut
 from searchpet.site import Site
 from searchpet.space import make
+from searchpet.sparse import freeze_zeros, masks_of
 from searchpet.spec import Entry, Spec
 from searchpet.supernet import seeded
 
@@ -32,6 +33,7 @@ class Structure:
 
     hosts: the sites with the spec's masks;  keep: bool over the ids of the masks' coordinates.
     masks, pet, weights: the entries of units to prune, of PET, and of masks of weights.
+    bits: what lies in masks.safetensors beside the spec.
     """
 
     sites: dict[tuple[str, str], Site]
@@ -39,7 +41,8 @@ class Structure:
     keep: Tensor
     masks: tuple[Entry, ...]
     pet: tuple[Entry, ...]
-    weights: tuple[Entry, ...] = ()
+    weights: tuple[Entry, ...]
+    bits: dict[str, Tensor]
 
     @property
     def prunes(self) -> bool:
@@ -62,9 +65,13 @@ def structure(spec: Spec, sites: Sequence[Site]) -> Structure:
     named = {(site.path, site.role): site for site in sites}
     masks: list[Mask] = []
     keeps: list[Tensor] = []
-    entries: list[Entry] = []
+    sorts: dict[str, list[Entry]] = {"masks": [], "pet": [], "weights": []}
     for entry in spec.entries:
-        if catalog.get("deltas", entry.kind).neutral == 1 and entry.mask is None:
+        if catalog.get("deltas", entry.kind).neutral == 0:
+            sorts["pet"].append(entry)
+        elif entry.mask is not None:
+            sorts["weights"].append(entry)
+        else:
             site = _site(named, entry)
             with torch.device("meta"):
                 delta = make(entry.kind, site, dict(entry.options))
@@ -72,17 +79,25 @@ def structure(spec: Spec, sites: Sequence[Site]) -> Structure:
             start = sum(len(mask.ids) for mask in masks)
             masks.append(Mask(site, torch.arange(start, start + delta.width), delta.run))
             keeps.append(_bool(entry.kept, delta.width))
-            entries.append(entry)
+            sorts["masks"].append(entry)
     keep = torch.cat(keeps) if keeps else torch.zeros(0, dtype=torch.bool)
-    pet = tuple(e for e in spec.entries if catalog.get("deltas", e.kind).neutral == 0)
-    weights = tuple(entry for entry in spec.entries if entry.mask is not None)
-    return Structure(named, Hosts(sites, masks), keep, tuple(entries), pet, weights)
+    return Structure(named, Hosts(sites, masks), keep, tuple(sorts["masks"]),
+                     tuple(sorts["pet"]), tuple(sorts["weights"]), read_bits(spec))
 
 
 def pet_grafts(of: Structure, seed: int, moved: Callable[[str], str] | None = None,
                ) -> list[Graft]:
     """Silent deltas; `moved` (path -> path) if the model has been made smaller."""
-    return [_pet(of, entry, seed, moved) for entry in of.pet]
+    found = [_pet(of, entry, seed, moved) for entry in of.pet]
+    return [graft if entry.mask is None else _sparse(of, entry, graft)
+            for entry, graft in zip(of.pet, found, strict=True)]
+
+
+def _sparse(of: Structure, entry: Entry, graft: Graft) -> Graft:
+    """The graft with the entry's mask on its parameters."""
+    masks = masks_of(graft.delta, read_mask(entry, of.bits))
+    freeze_zeros(graft.delta, masks)
+    return replace(graft, sparse=masks)
 
 
 def mask_grafts(of: Structure) -> list[Graft]:
@@ -95,10 +110,9 @@ def mask_grafts(of: Structure) -> list[Graft]:
     return found
 
 
-def weight_grafts(of: Structure, spec: Spec) -> list[Graft]:
-    """The masks of weights, read from beside the spec."""
-    bits = read_bits(spec) if of.weights else {}
-    return [thinned(spec, entry, of.site(entry), bits) for entry in of.weights]
+def weight_grafts(of: Structure) -> list[Graft]:
+    """The masks of weights."""
+    return [thinned(entry, of.site(entry), of.bits) for entry in of.weights]
 
 
 def cut(of: Structure) -> Cut:

@@ -207,7 +207,7 @@ class Session:
         spoils = method == "full" or (isinstance(method, Spec) and method.keep is not None)
         with self.fresh(seed, spoil=spoils) as model:
             groups = self._groups(model, method, seed, tau)
-            count = sum(p.numel() for group in groups for p in group["params"])
+            count = self._trainable(model, groups)
             batches = self.batches(self.splits["train"], seed)
             loss = loss_of(model, self.settings.precision)
             if self.teaching is not None and isinstance(method, Spec):
@@ -265,6 +265,12 @@ class Session:
         lr = self.settings.lr or FULL_LR * tau
         return [{"params": rest, "kind": "full", "lr": lr},
                 {"params": head, "kind": "head", "lr": HEAD_LR}]
+
+    def _trainable(self, model: nn.Module, groups: list[dict[str, Any]]) -> int:
+        """Numbers that train, the head's included; of sparse deltas what is not 0 for good."""
+        if hasattr(model, "searchpet"):
+            return self.head_size + sum(graft.parameters for graft in grafts(model).grafts)
+        return sum(p.numel() for group in groups for p in group["params"])
 
     def recipe(self) -> Recipe:
         s = self.settings

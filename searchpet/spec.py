@@ -45,8 +45,9 @@ class BackboneId(_Frozen):
 
 
 class MaskRef(_Frozen):
-    """A mask of weights, too long for a list: it lies in `masks.safetensors` under the entry's
-    key, as packed bits; `sha256` and `count` (what is kept) are those of the mask.
+    """A mask too long for a list: it lies in `masks.safetensors` under the entry's key, as packed
+    bits; `sha256` and `count` (what is kept) are those of the mask.  Of a prune mask of weights
+    it is over their matrix, of PET over the parameters of what is kept.
     """
 
     shape: Annotated[tuple[int, ...], Field(min_length=1, max_length=2)]
@@ -58,7 +59,7 @@ class Entry(_Frozen):
     """One delta: where, which kind with which options, and which of its coordinates are kept.
 
     A prune mask keeps what the list says and removes the rest, so its list may be empty; it is
-    where `mask` says instead.
+    where `mask` says instead.  PET with a mask is sparse: the rest of its parameters is 0.
     """
 
     path: Name
@@ -73,12 +74,6 @@ class Entry(_Frozen):
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = handler(self)
         return {key: value for key, value in content.items() if value is not None}
-
-    @model_validator(mode="after")
-    def _one_or_the_other(self) -> Entry:
-        if self.mask is not None and self.kept:
-            raise ValueError("an entry must have a list of kept coordinates or a mask, not both")
-        return self
 
     @model_validator(mode="after")
     def _ascending(self) -> Entry:

@@ -43,7 +43,8 @@ def verify(run: str | Path, model: str | None = None) -> list[Check]:
     head = sum(t.numel() for name, t in tensors.items() if name.startswith("head/"))
     stored = sum(t.numel() for t in tensors.values()) - head
     counted = stored + (head if spec.budget.counts == "deltas and head" else 0)
-    whole = sum(p.numel() for p in masked.parameters()) - head - _trainable(masked)
+    deltas = sum(p.numel() for p in grafts(masked).parameters())
+    whole = sum(p.numel() for p in masked.parameters()) - head - deltas
     checks = [
         _same("hash of the spec", trained.spec_hash[:12], spec.hash[:12]),
         _same("parameters of the backbone", spec.backbone.parameters, whole),
@@ -107,7 +108,7 @@ def _nonzero(model: nn.Module) -> int:
 
 def _trainable(model: nn.Module) -> int:
     """Parameters of an applied model's deltas."""
-    return sum(p.numel() for p in grafts(model).parameters())
+    return sum(graft.parameters for graft in grafts(model).grafts)
 
 
 def _same(what: str, claimed: Any, found: Any) -> Check:

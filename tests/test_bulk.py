@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import searchpet
 from searchpet import cli
 from searchpet.discover import discover
+from searchpet.errors import InputError
 from searchpet.masks import legal_n_m
 from searchpet.spec import Spec
 from tests.commands import write_task
@@ -99,6 +100,23 @@ def test_the_run_evaluates_verifies_and_trains_again(
     assert cli.main([*words, "--out", "again"]) == 0
     before, after = nonzero("free"), nonzero("again")
     assert all(torch.equal(mask, after[path]) for path, mask in before.items())  # locked
+
+
+def test_merging_keeps_the_zeros_or_refuses(home: Path) -> None:
+    ids = torch.arange(20).view(2, 10)
+    model = searchpet.load("tiles")
+    kept = nonzero("tiles")
+    updated = {g.at for g in model.searchpet.grafts if g.kind == "lora"}
+    before = model(input_ids=ids).logits.detach()
+    if updated & kept.keys():
+        with pytest.raises(InputError, match="would fill the zeros"):
+            searchpet.merge(model)
+        assert torch.equal(model(input_ids=ids).logits, before)  # nothing has changed
+    searchpet.merge(model, keep_zeros=True)
+    for path, mask in kept.items():
+        assert not model.get_submodule(path).weight[~mask].any()
+    if not updated & kept.keys():
+        torch.testing.assert_close(model(input_ids=ids).logits, before)
 
 
 @pytest.mark.parametrize("what", ["absent", "changed", "gone", "broken"])

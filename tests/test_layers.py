@@ -31,7 +31,7 @@ STOREYS: dict[float, list[str]] = {
     3.6: ["contrast"],
     3.7: ["importance", "recovery"],
     4: ["strategies/*"],
-    4.2: ["bulk"],
+    4.2: ["bulk", "sparse"],
     4.3: ["realise"],
     4.5: ["apply", "merge", "pruning"],  # parts of the engine
     5: ["session"],

@@ -19,6 +19,7 @@ from searchpet.space import Space
 from searchpet.supernet import Supernet
 
 Batch = dict[str, Tensor]
+Settle = Callable[[str, str, Sequence[Batch]], None]  # score, allocation, batches
 
 
 class Loop(Protocol):
@@ -47,6 +48,7 @@ class Problem:
     importance: importance(name, batches) -> (units,), a score of every prune unit.
     settle_weights: (score, allocation, batches) chooses masks of single weights, which are no
         units, and hooks them in; None where the space has none.
+    settle_pet: the same for the parameters of PET itself, `limit` of which stay.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates.
@@ -69,7 +71,8 @@ class Problem:
     keep: Keep | None = None
     settled: Tensor | None = None
     importance: Callable[[str, Sequence[Batch]], Tensor] = _unmeasured
-    settle_weights: Callable[[str, str, Sequence[Batch]], None] | None = None
+    settle_weights: Settle | None = None
+    settle_pet: Settle | None = None
 
     @cached_property
     def limits(self) -> Limits:

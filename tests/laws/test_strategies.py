@@ -28,13 +28,14 @@ def cases() -> list[tuple[str, str]]:
         (name, variant) for name in catalog.names("strategies")
         for variant in [v for s, v in own if s == name] or
         (["module", "unit"] if name == "random" else [""])
-        if not needs_masks(name)  # their laws are in test_pruning
+        if not special(name)  # their laws are in test_pruning and test_sparse
     ]
 
 
-def needs_masks(name: str) -> bool:
-    """Whether a strategy works on spaces with prune masks alone."""
-    return hasattr(importlib.import_module(f"searchpet.strategies.{name}"), "PRUNES")
+def special(name: str) -> bool:
+    """Whether a strategy works with prune masks alone, or keeps single parameters, not units."""
+    module = importlib.import_module(f"searchpet.strategies.{name}")
+    return hasattr(module, "PRUNES") or hasattr(module, "SPARSE")
 
 
 every_strategy = pytest.mark.parametrize(

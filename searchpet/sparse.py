@@ -1,0 +1,115 @@
+"""Sparse PET: single weights of PET modules are kept, exactly as many as the budget has.
+
+SparseAdapter, He et al. 2022, arXiv:2210.04284: weights of adapters are scored at init, the lowest
+are set to 0 and never move.  With the same budget a larger module can be taken (the paper's
+Large-Sparse): the space says how large, the budget how many of its weights stay.
+
+A mask covers a delta's parameters one after another, in their order, each row by row; it lies
+beside the spec, and delta.safetensors holds the kept numbers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from searchpet import catalog
+from searchpet.allocate import keep_masks
+from searchpet.errors import InputError
+from searchpet.masks import fingerprint, packed
+from searchpet.scores import needs_of
+from searchpet.spec import Entry, MaskRef
+from searchpet.stats import GRADIENTS, Scored, collect_or_warm, collect_parameters
+from searchpet.supernet import Supernet
+
+Batch = dict[str, Tensor]
+
+
+class Sparse:
+    """The masks of a supernet's own parameters; `settle` chooses them."""
+
+    def __init__(self, net: Supernet, limit: int, loss: Callable[[Batch], Tensor],
+                 warm: Callable[[], None], generator: torch.Generator) -> None:
+        self.net, self.limit, self.loss = net, limit, loss
+        self.warm, self.generator = warm, generator
+        self.keeps: dict[str, Tensor] = {}  # key of a graft -> bool, over its parameters
+        self.warmed = False
+
+    def settle(self, score: str, allocation: str, batches: Sequence[Batch]) -> None:
+        """Keep exactly `limit` parameters by a score of `searchpet.scores`.
+
+        A score that is the same for all of a tensor, as SNIP's where a factor starts at zero, is
+        taken again after a warm-up.  Raises InputError for a score that a few batches cannot
+        measure, and for a budget beyond all there is.
+        """
+        member = catalog.get("scores", score)
+        if not set(needs_of(member)) <= {*GRADIENTS, "generator"}:
+            raise InputError(f"parameters must be scored by what a few batches can measure, but "
+                             f"{score} needs more; take random, magnitude, snip or grasp")
+        named = dict(_named(self.net))
+        total = sum(p.numel() for p in named.values())
+        if self.limit > total:
+            raise InputError(f"sparse PET keeps some of a space's parameters, but the budget of "
+                             f"{self.limit:,} is above all {total:,}; lower it or take a larger "
+                             "space")
+        want = set(needs_of(member)) & set(GRADIENTS)
+
+        def measured() -> dict[str, Any]:
+            return collect_parameters(named, batches, self.loss, want=want,
+                                      generator=self.generator)
+
+        found: Scored = collect_or_warm(measured, self.warm, member)
+        self.warmed = found.warmed
+        keeps = keep_masks(found.scores, self.limit / total, allocation)
+        self.keeps = {
+            graft.key: torch.cat([keeps[f"{graft.key}/{name}"].reshape(-1).bool().cpu()
+                                  for name, _ in graft.delta.named_parameters()])
+            for graft in self.net.grafts.grafts}
+
+    def entries(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
+        """The entries with their masks; those of which nothing stays are left out."""
+        found = []
+        for entry in entries:
+            digest, count = fingerprint(self.keeps[entry.key])
+            if count:
+                mask = MaskRef(shape=tuple(self.keeps[entry.key].shape), sha256=digest,
+                               count=count)
+                found.append(entry.model_copy(update={"mask": mask}))
+        return tuple(found)
+
+    def bits(self) -> dict[str, Tensor]:
+        """What masks.safetensors holds."""
+        return {key: packed(keep) for key, keep in self.keeps.items() if bool(keep.any())}
+
+
+def _named(net: Supernet) -> Iterator[tuple[str, nn.Parameter]]:
+    for graft in net.grafts.grafts:
+        for name, parameter in graft.delta.named_parameters():
+            yield f"{graft.key}/{name}", parameter
+
+
+def masks_of(delta: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """The mask (n,) of a delta as masks of its parameters, by name.
+
+    Raises InputError unless it has as many elements as the delta has parameters.
+    """
+    sizes = {name: p.shape for name, p in delta.named_parameters()}
+    count = sum(shape.numel() for shape in sizes.values())
+    if len(mask) != count:
+        raise InputError(f"a mask must have the {count} parameters of its delta, but has "
+                         f"{len(mask)}")
+    parts = mask.split([shape.numel() for shape in sizes.values()])
+    return {name: part.view(shape)
+            for (name, shape), part in zip(sizes.items(), parts, strict=True)}
+
+
+def freeze_zeros(delta: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """Set what the masks leave out to 0; it gets no gradient any more."""
+    for name, parameter in delta.named_parameters():
+        keep = masks[name].to(parameter.device)
+        with torch.no_grad():
+            parameter.mul_(keep)
+        parameter.register_hook(lambda g, keep=keep: g * keep.to(g.device))
