@@ -65,10 +65,11 @@ def search(
     task: o.TaskName = "agreement", data: o.Data = None, strategy: o.Strategy = "bilevel",
     space: o.SpaceName = None, set_: o.Set = [],  # noqa: B006  typer copies it
     budget: o.Budget = "0.01%", keep_flops: o.KeepFlops = None,
-    keep_weights: o.KeepWeights = None, masks: o.Masks = None, distill: o.Distill = None,
-    controls: o.Controls = 1, full: o.AlsoFull = False, count_head: o.CountHead = False,
-    seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
-    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    keep_weights: o.KeepWeights = None, keep_latency: o.KeepLatency = None,
+    masks: o.Masks = None, distill: o.Distill = None, controls: o.Controls = 1,
+    full: o.AlsoFull = False, count_head: o.CountHead = False, seed: o.Seed = 0,
+    steps: o.Steps = 300, batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1,
+    max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
     out: o.Out = None, resume: o.Resume = False, dry_run: o.DryRun = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
@@ -77,8 +78,8 @@ def search(
     given: dict[str, Any] = {
         "strategy": strategy, "space": space, "set": o.assignments(set_, strategy),
         "budget": budget, "keep_flops": keep_flops, "keep_weights": keep_weights,
-        "masks": masks, "controls": controls, "full": full, "count_head": count_head,
-        **o.settings(ctx)}
+        "keep_latency": keep_latency, "masks": masks, "controls": controls, "full": full,
+        "count_head": count_head, **o.settings(ctx)}
     if dry_run:
         from searchpet.plan import plan
 

@@ -7,20 +7,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from searchpet.apply import apply, load, origin, read_delta, restore
-from searchpet.batch import encode
+from searchpet.apply import apply, load
 from searchpet.bulk import MASK_FILE, read_bits
+from searchpet.discover import discover
 from searchpet.errors import InputError
+from searchpet.finished import evaluate, predict
+from searchpet.latency import Table, measure
 from searchpet.merge import merge
 from searchpet.propose import STRATEGY, Ask, propose
 from searchpet.pruning import asked as prune_to
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Outcome, Session, Settings, asked
 from searchpet.spec import Spec
-from searchpet.task import Split, load_task, read_texts
 from searchpet.teach import taught
-from searchpet.train import evaluate as measure_model
-from searchpet.train import predict as logits_of
 
 __all__ = ["Result", "apply", "evaluate", "load", "merge", "predict", "search", "train"]
 
@@ -48,6 +47,7 @@ def search(
     budget: str = "0.01%",
     keep_flops: str | None = None,
     keep_weights: str | None = None,
+    keep_latency: str | None = None,
     masks: str | None = None,
     distill: str | None = None,
     controls: int = 1,
@@ -63,8 +63,8 @@ def search(
 
     settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
     of the strategy.  `full` also trains full fine-tuning, for reference.
-    keep_flops, keep_weights: share such as `60%` of the blocks' FLOPs or matrix elements that may
-    stay; the space then also has the masks of the space file `masks`.
+    keep_flops, keep_weights, keep_latency: share such as `60%` of the blocks' FLOPs, matrix
+    elements or time on this device that may stay; the space then also has the masks of `masks`.
     distill: teacher of every training of a structure, controls included: `full` or a run folder.
     Raises InputError for whatever is wrong with the input.
     """
@@ -72,7 +72,7 @@ def search(
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, masks))
+              prune_to(keep_flops, keep_weights, keep_latency, masks))
     folder = RunFolder(out or default_out(chosen, ask))
     folder.start(asked(chosen, command="search", **ask.settings(), distill=distill,
                        controls=controls, full=full, test=test), resume)
@@ -83,6 +83,7 @@ def search(
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
+    session.table = _latencies(session, folder, ask)
     _teach(session, folder, distill)
     main = _find_and_train(session, folder, ask, chosen.seed, test)
     rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
@@ -144,6 +145,17 @@ def train(
     }
     folder.write_json("result.json", values)
     return Result(folder.path, found, values)
+
+
+def _latencies(session: Session, folder: RunFolder, ask: Ask) -> Table | None:
+    """The table that all structures of a run are priced by: measured once."""
+    if ask.prune is None or ask.prune.measure != "latency":
+        return None
+    if not folder.has("latency.json"):
+        with session.fresh(session.settings.seed) as model:
+            table = measure(model, discover(model))
+        folder.write_json("latency.json", table.model_dump())
+    return Table.model_validate(folder.read_json("latency.json"))
 
 
 def _teach(session: Session, folder: RunFolder, teacher: str | None) -> None:
@@ -229,61 +241,6 @@ def _check_test(session: Session, test: bool) -> None:
     if (test and (s := session.splits.get("test")) is None) or (test and s and s.labels is None):
         raise InputError(f"--test needs a labelled test split, but task {session.task.name} has "
                          "none; drop --test")
-
-
-def evaluate(run: str | Path, *, task: str | None = None, data: str | None = None,
-             split: str = "validation", model: str | None = None, batch_size: int = 128,
-             ) -> dict[str, float]:
-    """Metrics of a trained run on a split of its task, or of another task with the same labels."""
-    _, trained = read_delta(RunFolder(run))
-    before = _settings(run)
-    found = load_task(task or before.get("task") or trained.task,
-                      data=Path(d) if (d := data or before.get("data")) else None)
-    if found.labels != trained.labels:
-        raise InputError(f"evaluate needs a task with the labels that the run learned, "
-                         f"{', '.join(trained.labels) or 'a number'}, but {found.name} has "
-                         f"{', '.join(found.labels) or 'a number'}")
-    part = found.splits.get(split)
-    if part is None or part.labels is None:
-        labelled = ", ".join(n for n, s in found.splits.items() if s.labels is not None)
-        raise InputError(f"--split must be a labelled split of {found.name}, {labelled}, but got "
-                         f"{split!r}")
-    applied, tokenizer = _with_tokenizer(run, model)
-    encoded = encode(part, tokenizer, trained.max_length)
-    return measure_model(applied, encoded, found.metrics, batch_size)
-
-
-def predict(run: str | Path, file: str | Path, *, model: str | None = None,
-            batch_size: int = 128) -> list[dict[str, Any]]:
-    """Predictions for new texts, one row each: the fields, `prediction`, and class `scores`."""
-    _, trained = read_delta(RunFolder(run))
-    columns = read_texts(Path(file), trained.fields)
-    applied, tokenizer = _with_tokenizer(run, model)
-    encoded = encode(Split(columns, None), tokenizer, trained.max_length)
-    logits = logits_of(applied, encoded, batch_size)
-    rows = []
-    for texts, row in zip(zip(*columns, strict=True), logits, strict=True):
-        named: dict[str, Any] = dict(zip(trained.fields, texts, strict=True))
-        if trained.labels:
-            named["prediction"] = trained.labels[int(row.argmax())]
-            named["logits"] = [round(float(v), 6) for v in row]
-        else:
-            named["prediction"] = round(float(row[0]), 6)
-        rows.append(named)
-    return rows
-
-
-def _with_tokenizer(run: str | Path, model: str | None) -> tuple[Any, Any]:
-    from searchpet.backbone import load_tokenizer
-
-    spec = Spec.load(run)
-    name = model or origin(RunFolder(run)) or spec.backbone.name
-    return restore(run, model), load_tokenizer(name)
-
-
-def _settings(run: str | Path) -> dict[str, Any]:
-    folder = RunFolder(run)
-    return dict(folder.read_json("settings.json")) if folder.has("settings.json") else {}
 
 
 def default_out(settings: Settings, ask: Ask) -> str:

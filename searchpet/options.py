@@ -67,6 +67,9 @@ KeepFlops = Annotated[str | None, typer.Option(
 KeepWeights = Annotated[str | None, typer.Option(
     "--keep-weights", metavar="SHARE", help="Prune too: share of the blocks' matrix elements that "
     "stays.", rich_help_panel=SEARCH)]
+KeepLatency = Annotated[str | None, typer.Option(
+    "--keep-latency", metavar="SHARE", help="Prune too: share of the blocks' time on this device "
+    "that stays.", rich_help_panel=SEARCH)]
 Masks = Annotated[str | None, typer.Option(
     "--masks", help="What pruning may take out: a space of masks. [default: prune/structured]",
     rich_help_panel=SEARCH)]

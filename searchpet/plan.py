@@ -64,7 +64,8 @@ class _Clock:
 def plan(*, strategy: str = STRATEGY, space: str | None = None,
          set: Mapping[str, Any] | None = None, budget: str = "0.01%",
          keep_flops: str | None = None, keep_weights: str | None = None,
-         masks: str | None = None, controls: int = 1, full: bool = False, count_head: bool = False,
+         keep_latency: str | None = None, masks: str | None = None, controls: int = 1,
+         full: bool = False, count_head: bool = False,
          **settings: Any) -> Plan:
     """Build everything that `search` would, take a few steps, and scale up.
 
@@ -74,7 +75,7 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, masks))
+              prune_to(keep_flops, keep_weights, keep_latency, masks))
     clock = _Clock()
     session = Session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:

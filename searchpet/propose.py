@@ -144,7 +144,9 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         space = ask.units(model)
         limits, limit = budget_of(session, ask.budget, ask.count_head)
         limits.afford(int(space.cost[~space.prunes].min()) + limits.limit - limit)
-        keep = keep_of(ask.prune, model, space) if ask.prune and not space.bulk else None
+        keep = None
+        if ask.prune and not space.bulk:
+            keep = keep_of(ask.prune, model, space, session.table)
         net = Supernet(model, space, session.head, seed)
         problem = _problem(session, folder, net, limit, keep, seed)
         bulk = _bulk(ask, problem) if space.bulk else None

@@ -13,12 +13,13 @@ from searchpet.errors import InputError, unknown
 from searchpet.flops import flops as count_flops
 from searchpet.hosts import Hosts
 from searchpet.inference import Cost, flops, weights
+from searchpet.latency import Table, cost_of, measure
 from searchpet.limits import Keep, Limits, masks_of
 from searchpet.probe import positions
 from searchpet.space import Space, SpaceFile, read_space
 from searchpet.spec import KeepUse
 
-MEASURES = ("flops", "weights")
+MEASURES = ("flops", "weights", "latency")
 MASKS = "prune/structured"
 TOKENS = 128
 _SHARE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%")
@@ -51,18 +52,18 @@ class Prune:
         return Fraction(match[1]) / 100
 
 
-def asked(keep_flops: str | None, keep_weights: str | None, masks: str | None) -> Prune | None:
+def asked(keep_flops: str | None, keep_weights: str | None, keep_latency: str | None,
+          masks: str | None) -> Prune | None:
     """What the options ask for together.  Raises InputError where they contradict each other."""
-    given = {m: t for m, t in zip(MEASURES, (keep_flops, keep_weights), strict=True) if t}
+    texts = (keep_flops, keep_weights, keep_latency)
+    given = {m: t for m, t in zip(MEASURES, texts, strict=True) if t}
     if len(given) > 1:
         raise InputError("one limit on inference at a time must be given, but got "
                          + " and ".join(f"--keep-{m} {t}" for m, t in given.items()))
     if masks and not given:
         raise InputError(f"--masks needs a limit to prune to, but got --masks {masks} alone; add "
                          "--keep-flops 60%")
-    for measure, text in given.items():
-        return Prune(measure, text, masks or MASKS)
-    return None
+    return next((Prune(name, text, masks or MASKS) for name, text in given.items()), None)
 
 
 def with_masks(file: SpaceFile, prune: Prune | None) -> SpaceFile:
@@ -72,10 +73,13 @@ def with_masks(file: SpaceFile, prune: Prune | None) -> SpaceFile:
     return file.model_copy(update={"rule": (*file.rule, *read_space(prune.masks).rule)})
 
 
-def keep_of(prune: Prune, model: nn.Module, space: Space) -> Keep:
-    """The limit on a model.  Raises InputError where the masks cannot reach it."""
+def keep_of(prune: Prune, model: nn.Module, space: Space, table: Table | None = None) -> Keep:
+    """The limit on a model; table: of latencies, else they are measured now.
+
+    Raises InputError where the masks cannot reach it.
+    """
     hosts = Hosts(space.sites, masks_of(space))
-    cost = _cost(prune, model, space, hosts)
+    cost = _cost(prune, model, space, hosts, table)
     limit = float(int(prune.share * Fraction(cost.dense)))
     floor = _floor(space, cost)
     if limit <= floor:
@@ -104,9 +108,12 @@ def used(keep: Keep, left: float) -> KeepUse:
                    dense=keep.cost.dense)
 
 
-def _cost(prune: Prune, model: nn.Module, space: Space, hosts: Hosts) -> Cost:
+def _cost(prune: Prune, model: nn.Module, space: Space, hosts: Hosts, table: Table | None,
+          ) -> Cost:
     if prune.measure == "weights":
         return weights(space.sites, hosts, len(space))
+    if prune.measure == "latency":
+        return cost_of(table or measure(model, space.sites), space.sites, hosts, len(space))
     tokens = min(TOKENS, positions(model)) if takes_text(model) else None
     layers = {site.path: (site.part, site.layer) for site in space.sites if site.form == "layer"}
     counted = {layers[path]: float(n) for path, n in count_flops(model).items() if path in layers}

@@ -22,6 +22,7 @@ from searchpet.batch import Batches, Encoded, encode
 from searchpet.calibrate import probe, rates
 from searchpet.errors import InputError, unknown
 from searchpet.grafts import Grafts
+from searchpet.latency import Table
 from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.spec import Spec
@@ -104,6 +105,7 @@ class Session:
     """A backbone and an encoded task.  The model is handed out by `fresh`, one user at a time.
 
     teaching: (model, batch) -> the loss that specs are trained on, where it is not the task's.
+    table: latencies that prices are taken from, where that was measured before.
     """
 
     def __init__(self, settings: Settings, listener: Listener = silent) -> None:
@@ -122,6 +124,7 @@ class Session:
             for name, split in self.task.splits.items()
         }
         self.teaching: Callable[[nn.Module, dict[str, Tensor]], Objective] | None = None
+        self.table: Table | None = None
         self._backbone: Backbone | None = backbone
         self._seed = settings.seed
 
@@ -207,7 +210,9 @@ class Session:
         spoils = method == "full" or (isinstance(method, Spec) and method.keep is not None)
         with self.fresh(seed, spoil=spoils) as model:
             groups = self._groups(model, method, seed, tau)
-            count = self._trainable(model, groups)
+            count = sum(p.numel() for group in groups for p in group["params"])
+            if isinstance(method, Spec):  # of sparse deltas what is not 0 for good
+                count = self.head_size + sum(g.parameters for g in grafts(model).grafts)
             batches = self.batches(self.splits["train"], seed)
             loss = loss_of(model, self.settings.precision)
             if self.teaching is not None and isinstance(method, Spec):
@@ -265,12 +270,6 @@ class Session:
         lr = self.settings.lr or FULL_LR * tau
         return [{"params": rest, "kind": "full", "lr": lr},
                 {"params": head, "kind": "head", "lr": HEAD_LR}]
-
-    def _trainable(self, model: nn.Module, groups: list[dict[str, Any]]) -> int:
-        """Numbers that train, the head's included; of sparse deltas what is not 0 for good."""
-        if hasattr(model, "searchpet"):
-            return self.head_size + sum(graft.parameters for graft in grafts(model).grafts)
-        return sum(p.numel() for group in groups for p in group["params"])
 
     def recipe(self) -> Recipe:
         s = self.settings

@@ -29,11 +29,12 @@ STOREYS: dict[float, list[str]] = {
     3: ["backbone", "batch", "flops", "grafts", "run", "stats", "task"],
     3.5: ["calibrate", "removal", "supernet", "train"],
     3.6: ["contrast"],
-    3.7: ["importance", "recovery"],
+    3.7: ["importance", "latency", "recovery"],
     4: ["strategies/*"],
     4.2: ["bulk", "sparse"],
     4.3: ["realise"],
     4.5: ["apply", "merge", "pruning"],  # parts of the engine
+    4.7: ["finished"],
     5: ["session"],
     5.3: ["propose", "teach", "verify"],
     5.5: ["engine"],

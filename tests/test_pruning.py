@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from searchpet import catalog
@@ -17,6 +18,7 @@ from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.flops import flops as counted
 from searchpet.importance import POSITIONS, importance, names
+from searchpet.latency import Table, measure
 from searchpet.limits import Keep, Limits
 from searchpet.merge import merge
 from searchpet.propose import Ask
@@ -266,7 +268,7 @@ def test_a_score_tells_what_does_not_matter(name: str) -> None:
 ])
 def test_what_cannot_be_asked_is_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        asked(given.get("keep_flops"), given.get("keep_weights"), given.get("masks"))
+        asked(given.get("keep_flops"), given.get("keep_weights"), None, given.get("masks"))
     assert "\n" not in str(caught.value)
 
 
@@ -318,3 +320,33 @@ def test_keep_is_a_number_of_the_blocks() -> None:
     # a block of BERT: q, k, v, o of 16 x 16, the feed-forward's 16 x 24 and 24 x 16
     assert keep.cost.dense == 2 * (4 * 16 * 16 + 2 * 16 * 24)
     assert keep.limit == keep.cost.dense // 2
+
+
+def test_latency_is_a_sum_of_parts_and_falls_with_each() -> None:
+    model = tiny.model("bert")
+    sites = discover(model)
+    table = Table(attention=5.0, ffn=7.0, head_feature=2.0, neuron=3.0)
+    space = Space("test", sites, [*PET, *MASKS])
+    keep = keep_of(Prune("latency", "50%"), model, space, table)
+    assert keep.cost.dense == 2 * (5 + 16 * 2 + 7 + 24 * 3)
+    z = torch.ones(len(space), dtype=torch.float64)
+    for place in space.placements:
+        if place.neutral == 1:
+            less = z.clone()
+            less[space.unit[place.start]] = 0
+            saved = {"heads": 8 * 2, "neurons": 3 * place.run, "layers": keep.cost.dense / 2,
+                     "sublayers": 37 if "attention" in place.site.role else 79}[place.kind]
+            assert float(keep.cost.at(z) - keep.cost.at(less)) == saved
+
+
+def test_latency_is_measured_on_really_smaller_models() -> None:
+    config = transformers.BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4,
+                                     intermediate_size=2048, vocab_size=50)
+    model = transformers.BertForSequenceClassification(config).eval()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    table = measure(model, discover(model))
+    # a forward pass spends most of its time in this feed-forward
+    assert 2048 * table.neuron + table.ffn > 256 * table.head_feature + table.attention > 0
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with pytest.raises(InputError, match="--keep-latency measures smaller models.*--keep-flops"):
+        measure(torch.nn.Linear(2, 2), [])

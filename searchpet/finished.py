@@ -1,0 +1,69 @@
+"""What a finished run is good for: scores on other data, and labels for new texts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from searchpet.apply import origin, read_delta, restore
+from searchpet.backbone import load_tokenizer
+from searchpet.batch import encode
+from searchpet.errors import InputError
+from searchpet.run import RunFolder
+from searchpet.spec import Spec
+from searchpet.task import Split, load_task, read_texts
+from searchpet.train import evaluate as measure_model
+from searchpet.train import predict as logits_of
+
+
+def evaluate(run: str | Path, *, task: str | None = None, data: str | None = None,
+             split: str = "validation", model: str | None = None, batch_size: int = 128,
+             ) -> dict[str, float]:
+    """Metrics of a trained run on a split of its task, or of another task with the same labels."""
+    _, trained = read_delta(RunFolder(run))
+    before = _settings(run)
+    found = load_task(task or before.get("task") or trained.task,
+                      data=Path(d) if (d := data or before.get("data")) else None)
+    if found.labels != trained.labels:
+        raise InputError(f"evaluate needs a task with the labels that the run learned, "
+                         f"{', '.join(trained.labels) or 'a number'}, but {found.name} has "
+                         f"{', '.join(found.labels) or 'a number'}")
+    part = found.splits.get(split)
+    if part is None or part.labels is None:
+        labelled = ", ".join(n for n, s in found.splits.items() if s.labels is not None)
+        raise InputError(f"--split must be a labelled split of {found.name}, {labelled}, but got "
+                         f"{split!r}")
+    applied, tokenizer = _with_tokenizer(run, model)
+    encoded = encode(part, tokenizer, trained.max_length)
+    return measure_model(applied, encoded, found.metrics, batch_size)
+
+
+def predict(run: str | Path, file: str | Path, *, model: str | None = None,
+            batch_size: int = 128) -> list[dict[str, Any]]:
+    """Predictions for new texts, one row each: the fields, `prediction`, and class `scores`."""
+    _, trained = read_delta(RunFolder(run))
+    columns = read_texts(Path(file), trained.fields)
+    applied, tokenizer = _with_tokenizer(run, model)
+    encoded = encode(Split(columns, None), tokenizer, trained.max_length)
+    logits = logits_of(applied, encoded, batch_size)
+    rows = []
+    for texts, row in zip(zip(*columns, strict=True), logits, strict=True):
+        named: dict[str, Any] = dict(zip(trained.fields, texts, strict=True))
+        if trained.labels:
+            named["prediction"] = trained.labels[int(row.argmax())]
+            named["logits"] = [round(float(v), 6) for v in row]
+        else:
+            named["prediction"] = round(float(row[0]), 6)
+        rows.append(named)
+    return rows
+
+
+def _with_tokenizer(run: str | Path, model: str | None) -> tuple[Any, Any]:
+    spec = Spec.load(run)
+    name = model or origin(RunFolder(run)) or spec.backbone.name
+    return restore(run, model), load_tokenizer(name)
+
+
+def _settings(run: str | Path) -> dict[str, Any]:
+    folder = RunFolder(run)
+    return dict(folder.read_json("settings.json")) if folder.has("settings.json") else {}
