@@ -85,7 +85,8 @@ def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
 
 def _sizes(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear, a transposed one, or a norm."""
-    weight = module.get_parameter("weight")
+    weight = module.weight
+    assert isinstance(weight, Tensor)
     if weight.dim() == 1:
         return len(weight), len(weight)
     d_out, d_in = weight.T.shape if hasattr(module, "nf") else weight.shape

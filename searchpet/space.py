@@ -156,12 +156,15 @@ class Space:
             labels.extend(catalog.get("grains", rule.grain)(site, rule.kind, delta.width))
         self.placements, self.bulk = tuple(placements), tuple(bulk)
         numbers: dict[Any, int] = {}
-        self.unit = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels])
-        coordinate_cost = torch.cat(costs)
+        self.unit = torch.tensor([numbers.setdefault(label, len(numbers)) for label in labels],
+                                 dtype=torch.int64)
+        coordinate_cost = torch.cat([torch.zeros(0, dtype=torch.int64), *costs])
         self.cost = torch.zeros(len(numbers), dtype=torch.int64).index_add_(
             0, self.unit, coordinate_cost)
-        where = torch.repeat_interleave(torch.tensor([p.width for p in placements]))
-        inside = torch.arange(len(labels)) - torch.tensor([p.start for p in placements])[where]
+        widths, starts = (torch.tensor(n, dtype=torch.int64) for n in (
+            [p.width for p in placements], [p.start for p in placements]))
+        where = torch.repeat_interleave(widths)
+        inside = torch.arange(len(labels)) - starts[where]
         # the first coordinate of each unit: write in reverse, the first one wins
         self.owner = torch.empty(len(numbers), dtype=torch.int64)
         self.first = torch.empty(len(numbers), dtype=torch.int64)

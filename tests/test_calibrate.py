@@ -8,14 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from searchpet import catalog
 from searchpet.calibrate import probe, rates
 from searchpet.supernet import Supernet
 from tests.laws import families as tiny
 from tests.laws.problems import Draws
 
 TAU = 1e-3  # small, so that one step is linear
-KINDS = catalog.names("deltas")
+KINDS = tiny.kinds(neutral=0)
 
 
 def net_of(kind: str, family: str = "bert") -> Supernet:

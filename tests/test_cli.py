@@ -216,7 +216,7 @@ def test_predict_labels_new_texts(done: Path, say: Any) -> None:
 
 def test_sites_and_space(home: Path, say: Any) -> None:
     assert "32→64" in say("sites", "--model", "tiny").out
-    assert len(json.loads(say("sites", "--model", "tiny", "--json").out)) == 21
+    assert len(json.loads(say("sites", "--model", "tiny", "--json").out)) == 23
     said = say("space", "nano", "--model", "tiny", "--budget", "1%")
     assert "254 parameters" in said.out and "lora" in said.out
     found = json.loads(say("space", "nano", "--model", "tiny", "--budget", "1%", "--json").out)

@@ -19,7 +19,7 @@ from tests.laws import families as tiny
 
 LINEAR = Site("m", "attention.query", 0, "linear", "encoder", 4, 4)
 # merged anywhere; a bias only where the module has one
-AFFINE = [kind for kind in catalog.names("deltas")
+AFFINE = [kind for kind in tiny.kinds(neutral=0)
           if catalog.get("deltas", kind).fits(LINEAR) and kind != "bias"]
 WITH_BIASES = ["albert", "bert", "gpt2", "gpt_neox", "vit"]
 

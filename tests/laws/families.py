@@ -97,13 +97,14 @@ def every_kind(**options: dict[str, Any]) -> list[Rule]:
 
 
 def every_mask(**options: dict[str, Any]) -> list[Rule]:
-    """Every prune mask wherever it fits, each coordinate a unit.  options: by kind."""
+    """Every prune mask of units wherever it fits, each coordinate a unit.  options: by kind."""
     return [rule(kind, "atom", options.get(kind)) for kind in kinds(neutral=1)]
 
 
 def kinds(neutral: float) -> list[str]:
-    """Names of the kinds that are silent at this gate."""
-    return [k for k in catalog.names("deltas") if catalog.get("deltas", k).neutral == neutral]
+    """Names of the kinds that are silent at this gate; masks of single weights are no units."""
+    found = {k: catalog.get("deltas", k) for k in catalog.names("deltas")}
+    return [k for k, kind in found.items() if kind.neutral == neutral and kind.stage != "weight"]
 
 
 def supernet(of: nn.Module, placed: Space, *, trained: bool = True, seed: int = 0) -> Supernet:

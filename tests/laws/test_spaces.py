@@ -20,7 +20,7 @@ def test_every_space_says_what_it_is(name: str) -> None:
 def test_every_space_builds_on_every_family(name: str, family: str) -> None:
     model = tiny.model(family)
     space = build_space(name, discover(model))
-    assert len(space) >= 1 and torch.equal(space.cost > 0, ~space.prunes)
+    assert len(space) + len(space.bulk) >= 1 and torch.equal(space.cost > 0, ~space.prunes)
     assert len(space.unit) == sum(p.width for p in space.placements)
     assert space.parameters(torch.ones(len(space), dtype=torch.bool)) == space.total
     assert {p.site.part for p in space.placements} <= {"encoder", "decoder"}
