@@ -27,7 +27,7 @@ from searchpet.errors import InputError
 from searchpet.propose import STRATEGY, Ask, hyperparameters
 from searchpet.pruning import MASKS, Prune
 from searchpet.session import Settings
-from searchpet.space import read_space
+from searchpet.spacefile import read_space
 from searchpet.spec import first_problem
 
 REFERENCES = {"full": 1.0, "head": 0.0}  # trained without a budget -> the budget in their lines

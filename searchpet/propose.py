@@ -26,7 +26,8 @@ from searchpet.pruning import Prune, keep_of, with_masks
 from searchpet.pruning import used as kept_use
 from searchpet.run import RunFolder
 from searchpet.session import Session
-from searchpet.space import Space, read_space, space_names
+from searchpet.space import Space
+from searchpet.spacefile import read_space, space_names
 from searchpet.sparse import Sparse
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem, Ranking, descend

@@ -16,7 +16,8 @@ from searchpet.inference import Cost, flops, weights
 from searchpet.latency import Table, cost_of, measure
 from searchpet.limits import Keep, Limits, masks_of
 from searchpet.probe import positions
-from searchpet.space import Space, SpaceFile, read_space
+from searchpet.space import Space
+from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import KeepUse
 
 MEASURES = ("flops", "weights", "latency")

@@ -1,113 +1,28 @@
-"""Space: which kinds may sit on which sites, and which of their coordinates are one unit.
+"""Space: which kinds sit on a model's sites, and which of their coordinates are one unit.
 
-A space file is TOML: a description and a list of rules.
-
-    description = "..."
-    [[rule]]
-    kind = "lora"
-    grain = "atom"
-    options = { rank = 4 }
-    select = { role = ["attention.query", "attention.value"], layers = "last 4" }
+`searchpet.spacefile` says how a space is written down.
 """
 
 from __future__ import annotations
 
-import fnmatch
 import inspect
-import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from searchpet import catalog
 from searchpet.deltas import Delta
 from searchpet.errors import InputError, unknown
-from searchpet.site import Form, Site
-from searchpet.spec import Entry, first_problem
+from searchpet.site import Site
+from searchpet.spacefile import Rule, read_space
+from searchpet.spec import Entry
 
 LARGEST = 65_536  # of a number in options: above any width, below what would exhaust memory
-_LAYERS = re.compile(r"^(?:(first|last) (\d+)|(\d+)(?:-(\d+))?)$")
-
-
-class Select(BaseModel):
-    """Which sites a rule applies to; all conditions must hold, globs are allowed in role, path."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    role: tuple[str, ...] = ("*",)
-    form: tuple[Form, ...] = ("linear", "norm", "block", "layer")
-    part: tuple[str, ...] = ("*",)
-    path: tuple[str, ...] = ("*",)
-    layers: str = ""
-
-    @field_validator("role", "form", "part", "path", mode="before")
-    @classmethod
-    def _listed(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("layers")
-    @classmethod
-    def _readable(cls, value: str) -> str:
-        if value and not _LAYERS.match(value):
-            raise ValueError('layers must read "3", "0-5", "first 2" or "last 2"')
-        return value
-
-    def matches(self, site: Site, depth: int) -> bool:
-        """Whether the site is selected; `depth` is the number of blocks of its stack."""
-        return (
-            site.form in self.form
-            and any(fnmatch.fnmatchcase(site.role, glob) for glob in self.role)
-            and any(fnmatch.fnmatchcase(site.part, glob) for glob in self.part)
-            and any(fnmatch.fnmatchcase(site.path, glob) for glob in self.path)
-            and self._in_layers(site.layer, depth)
-        )
-
-    def _in_layers(self, layer: int, depth: int) -> bool:
-        match = _LAYERS.match(self.layers)
-        if not match:
-            return True
-        end, count, low, high = match.groups()
-        if end == "first":
-            return 0 <= layer < int(count)
-        if end == "last":
-            return layer >= depth - int(count)
-        return int(low) <= layer <= int(high or low)
-
-
-class Rule(BaseModel):
-    """A kind, its options, the grain of its coordinates, and where it may sit."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    kind: str
-    grain: str
-    options: dict[str, bool | int | float | str] = {}
-    select: Select = Select()
-
-    @field_validator("kind")
-    @classmethod
-    def _kind_exists(cls, value: str) -> str:
-        catalog.get("deltas", value)
-        return value
-
-    @field_validator("grain")
-    @classmethod
-    def _grain_exists(cls, value: str) -> str:
-        catalog.get("grains", value)
-        return value
-
-
-class SpaceFile(BaseModel):
-    """The content of a space file."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    description: str
-    rule: tuple[Rule, ...] = Field(min_length=1)
 
 
 @dataclass(frozen=True)
@@ -266,38 +181,6 @@ def _pairs(name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> list[tupl
             raise InputError(f"space {name}: every rule must match a site of this model, but rule "
                              f"{number} ({rule.kind}) matches none; see `searchpet sites`")
     return pairs
-
-
-def folder() -> Path:
-    """Where the space files are: beside the package in a checkout, inside it when installed."""
-    inside = Path(__file__).parent / "spaces"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "spaces"
-
-
-def space_names() -> list[str]:
-    """Names of the space files that come with the package, such as `nano`, `uniform/bias`."""
-    root = folder()
-    return sorted(f.relative_to(root).with_suffix("").as_posix() for f in root.rglob("*.toml"))
-
-
-def read_space(name: str) -> SpaceFile:
-    """The space of that name, or of that TOML file.
-
-    Raises InputError that names the file, the key, the value and what is allowed.
-    """
-    path = Path(name)
-    if path.suffix != ".toml":
-        if name not in space_names():
-            raise unknown("space", name, space_names())
-        path = folder() / f"{name}.toml"
-    if not path.is_file():
-        raise InputError(f"a space file must exist, but {path} does not")
-    try:
-        return SpaceFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"space {name} must be TOML, but it is not: {error}") from error
-    except ValidationError as error:
-        raise InputError(f"space {name}: {first_problem(error)}") from error
 
 
 def build_space(name: str, sites: Sequence[Site]) -> Space:

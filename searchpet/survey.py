@@ -12,7 +12,8 @@ from searchpet.backbone import load_backbone
 from searchpet.budget import Budget, fill
 from searchpet.discover import discover
 from searchpet.site import Site
-from searchpet.space import build_space, read_space, space_names
+from searchpet.space import build_space
+from searchpet.spacefile import read_space, space_names
 
 
 def sites_of(model: str) -> tuple[Site, ...]:

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[1] / "searchpet"
 STOREYS: dict[float, list[str]] = {
     0: ["errors"],
     0.5: ["catalog", "families", "site", "spec"],
+    0.8: ["spacefile"],
     1: ["deltas/*", "grains/*", "tasks/*", "roles", "slices"],
     2: ["allocate", "budget", "gates", "masks", "metrics", "probe", "rows", "scores/*", "source",
         "space", "sublayers"],

@@ -14,7 +14,7 @@ from searchpet.errors import InputError
 from searchpet.grafts import Graft, Grafts
 from searchpet.merge import merge
 from searchpet.site import Site
-from searchpet.space import Rule
+from searchpet.spacefile import Rule
 from tests.laws import families as tiny
 
 LINEAR = Site("m", "attention.query", 0, "linear", "encoder", 4, 4)

@@ -89,7 +89,7 @@ BLOCKS = re.findall(
 def test_the_examples_for_contributors_are_whole(language: str, path: str, text: str) -> None:
     assert not (ROOT / path).exists()
     if language == "toml":
-        from searchpet.space import SpaceFile
+        from searchpet.spacefile import SpaceFile
 
         SpaceFile.model_validate(tomllib.loads(text))
         return

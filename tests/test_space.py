@@ -11,7 +11,8 @@ import torch
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.site import Site
-from searchpet.space import Rule, Select, Space, build_space, read_space, space_names
+from searchpet.space import Space, build_space
+from searchpet.spacefile import Rule, Select, read_space, space_names
 from tests.laws import families as tiny
 
 

@@ -32,7 +32,8 @@ from searchpet.budget import fill, shift
 from searchpet.calibrate import probe, rates
 from searchpet.discover import discover
 from searchpet.run import StageLoop
-from searchpet.space import Rule, Space, build_space
+from searchpet.space import Space, build_space
+from searchpet.spacefile import Rule
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem
 from searchpet.supernet import Supernet

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from searchpet import catalog
 from searchpet.backbone import config_hash
 from searchpet.discover import discover
-from searchpet.space import Rule, Select, Space
+from searchpet.space import Space
+from searchpet.spacefile import Rule, Select
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.supernet import Supernet
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from searchpet.discover import discover
-from searchpet.space import build_space, read_space, space_names
+from searchpet.space import build_space
+from searchpet.spacefile import read_space, space_names
 from tests.laws import families as tiny
 
 

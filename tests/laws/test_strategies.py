@@ -12,7 +12,8 @@ from torch import nn
 
 from searchpet import catalog
 from searchpet.discover import discover
-from searchpet.space import Space, build_space, space_names
+from searchpet.space import Space, build_space
+from searchpet.spacefile import space_names
 from searchpet.strategies import Ranking
 from tests.laws import families as tiny
 from tests.laws.problems import problem
