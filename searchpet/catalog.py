@@ -40,6 +40,14 @@ def get(family: str, name: str) -> Any:
     return getattr(importlib.import_module(f"searchpet.{family}.{name}"), attribute)
 
 
+def about(family: str, name: str, attribute: str, default: Any = None) -> Any:
+    """A further public name of a member's file, such as a strategy's MASKS, or the default."""
+    member = get(family, name)
+    if (family, name) in _added:
+        return getattr(member, attribute, default)
+    return getattr(importlib.import_module(f"searchpet.{family}.{name}"), attribute, default)
+
+
 def describe(family: str, name: str) -> str:
     """First line of a member's documentation."""
     word, _ = FAMILIES[family]

@@ -72,7 +72,7 @@ def search(
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, keep_latency, masks))
+              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
     folder = RunFolder(out or default_out(chosen, ask))
     folder.start(asked(chosen, command="search", **ask.settings(), distill=distill,
                        controls=controls, full=full, test=test), resume)

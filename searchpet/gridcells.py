@@ -47,7 +47,7 @@ def cells_of(grid: GridFile, folder: Path, task: str, session: Callable[[], Sess
         share = _share(budget, session)
         for j, keep in enumerate(grid.keep_flops or ("",)):
             for method in grid.methods:
-                prunes = method.masks and method.name not in REFERENCES
+                prunes = method.masks != "" and method.name not in REFERENCES
                 if method.name in REFERENCES and i + j == 0:
                     yield _cell(folder, task, "", REFERENCES[method.name], method, "")
                 elif method.name not in REFERENCES and (prunes or j == 0):
@@ -60,7 +60,7 @@ def trainings_of(grid: GridFile) -> int:
     total = 0
     for method in grid.methods:
         reference = method.name in REFERENCES
-        keeps = max(1, len(grid.keep_flops)) if method.masks else 1
+        keeps = 1 if method.masks == "" else max(1, len(grid.keep_flops))
         cells = 1 if reference else len(grid.budgets) * keeps
         structures = 1 if reference else method.structures
         total += cells * (structures * len(grid.seeds) + sweep)

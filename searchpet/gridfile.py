@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from searchpet.budget import Budget
 from searchpet.errors import InputError
 from searchpet.propose import STRATEGY, Ask, hyperparameters
-from searchpet.pruning import MASKS, Prune
+from searchpet.pruning import asked as prune_to
 from searchpet.session import Settings
 from searchpet.spacefile import read_space
 from searchpet.spec import first_problem
@@ -43,7 +43,7 @@ class Method(BaseModel):
     space: str | None = None
     set: dict[str, bool | int | float | str] = {}
     structures: int = Field(default=1, ge=1)  # structure seeds 0, 1, ...
-    masks: str = MASKS  # what pruning may take out; "": this method does not prune
+    masks: str | None = None  # what pruning may take out; "": this method does not prune
     distill: bool = False
 
     def resolved(self) -> tuple[str, str | None]:
@@ -53,7 +53,7 @@ class Method(BaseModel):
 
     def beside(self) -> list[str | bool]:
         """What differs from the defaults of pruning."""
-        masks: list[str | bool] = [] if self.masks == MASKS else [self.masks]
+        masks: list[str | bool] = [] if self.masks is None else [self.masks]
         return [*masks, "distill"] if self.distill else masks
 
 
@@ -93,7 +93,8 @@ class GridFile(BaseModel):
     def ask(self, method: Method, budget: str, keep: str | None) -> Ask:
         """What a method's search is asked for."""
         strategy, space = method.resolved()
-        prune = Prune("flops", keep, method.masks) if keep and method.masks else None
+        prunes = keep is not None and keep != "" and method.masks != ""
+        prune = prune_to(keep, None, None, method.masks, strategy) if prunes else None
         return Ask(strategy, space or self.space, method.set, budget, prune=prune)
 
     def settings(self, task: str, data: str | None) -> Settings:
@@ -124,8 +125,9 @@ def read_grid(path: str | Path) -> GridFile:
             ask = grid.ask(method, "1", None)
             hyperparameters(ask.strategy, ask.set)
             read_space(ask.named_space)
-            for keep in grid.keep_flops if method.masks else ():
-                read_space(Prune("flops", keep, method.masks).masks)
+            for keep in grid.keep_flops:
+                if (prune := grid.ask(method, "1", keep).prune) is not None:
+                    read_space(prune.masks)
     for budget in grid.budgets:
         Budget.parse(budget, 1)
     for tau in grid.taus:

@@ -75,7 +75,7 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, keep_latency, masks))
+              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
     clock = _Clock()
     session = Session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import nn
 
+from searchpet import catalog
 from searchpet.errors import InputError, unknown
 from searchpet.flops import flops as count_flops
 from searchpet.hosts import Hosts
@@ -54,8 +55,11 @@ class Prune:
 
 
 def asked(keep_flops: str | None, keep_weights: str | None, keep_latency: str | None,
-          masks: str | None) -> Prune | None:
-    """What the options ask for together.  Raises InputError where they contradict each other."""
+          masks: str | None, strategy: str = "bilevel") -> Prune | None:
+    """What the options ask for together; a strategy may have masks of its own.
+
+    Raises InputError where the options contradict each other.
+    """
     texts = (keep_flops, keep_weights, keep_latency)
     given = {m: t for m, t in zip(MEASURES, texts, strict=True) if t}
     if len(given) > 1:
@@ -64,7 +68,8 @@ def asked(keep_flops: str | None, keep_weights: str | None, keep_latency: str | 
     if masks and not given:
         raise InputError(f"--masks needs a limit to prune to, but got --masks {masks} alone; add "
                          "--keep-flops 60%")
-    return next((Prune(name, text, masks or MASKS) for name, text in given.items()), None)
+    own = catalog.about("strategies", strategy.partition(":")[0], "MASKS", MASKS)
+    return next((Prune(name, text, masks or own) for name, text in given.items()), None)
 
 
 def with_masks(file: SpaceFile, prune: Prune | None) -> SpaceFile:

@@ -291,6 +291,7 @@ def wrong(said: Said, message: str) -> None:
     (["--set", "bilevel.alhpa_lr=1"], "did you mean 'alpha_lr'?"),
     (["--set", "bilevel.alpha_lr=high"], "bilevel.alpha_lr must be a float"),
     (["--set", "bilevel.alpha_lr=nan"], "bilevel.alpha_lr must be a float"),
+    (["--set", "bilevel.warmup=7"], "bilevel.warmup must be a share of the steps in [0, 1]"),
     (["--plugin", "no_such_module"], "--plugin must name a module"),
     (["--nonsense"], "No such option: --nonsense"),
     (["extra"], "unexpected extra argument"),

@@ -138,6 +138,7 @@ def test_wrong_input_is_one_line(
     ["--strategy", "prune_first", "--set", "prune_first.score=contribution", "--masks",
      "prune/layers", "--keep-flops", "75%"],
     ["--strategy", "pet_first"],
+    ["--strategy", "layer_drop:top", "--keep-flops", "75%"],
     ["--keep-weights", "50%"],
 ])
 def test_other_strategies_obey_both_budgets(

@@ -229,6 +229,21 @@ def _importance(given: Problem, name: str, batches: Any) -> torch.Tensor:
     return importance(name, given.net, batches, given.loss, given.generator)
 
 
+@pytest.mark.parametrize(("variant", "left"), [
+    ("top", [0, 1, 2]), ("bottom", [3, 4, 5]), ("alternate", [0, 2, 4]), ("symmetric", [0, 1, 5])])
+def test_layers_drop_by_their_place(variant: str, left: list[int]) -> None:
+    config = transformers.BertConfig(**tiny.TEXT | {"num_hidden_layers": 6})
+    model = transformers.BertForSequenceClassification(config)
+    space = Space("test", discover(model), [tiny.rule("lora"), tiny.rule("layers")])
+    given = problem(model, space, 100, steps=2)
+    given.keep = keep_of(Prune("flops", "50%"), model, space)
+    given.importance = partial(_importance, given)
+    ranking = catalog.get("strategies", "layer_drop")(given, variant=variant, pet="random")
+    kept = [p.site.layer for p in space.placements
+            if p.kind == "layers" and bool(ranking.keep[space.unit[p.start]])]
+    assert kept == left
+
+
 @pytest.mark.parametrize("name", [n for n in names() if n not in ("random", "contribution")])
 def test_a_score_tells_what_does_not_matter(name: str) -> None:
     """Attention heads and neurons whose outputs are scaled to nothing score lowest."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from searchpet.errors import InputError
 from searchpet.limits import Keep, Limits
 from searchpet.space import Space
 from searchpet.supernet import Supernet
@@ -87,6 +88,12 @@ class Ranking:
     score: Tensor
     keep: Tensor
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+def law(name: str, value: float, holds: bool, wanted: str) -> None:
+    """Raise InputError unless a hyperparameter's law holds."""
+    if not holds:
+        raise InputError(f"{name} must be {wanted}, but got {value}; change it with --set")
 
 
 def descend(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from searchpet.allocate import SCHEDULES
 from searchpet.gates import decided, entropy
 from searchpet.settle import compare
-from searchpet.strategies import Problem, Ranking
+from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = True
 
@@ -29,7 +29,13 @@ def search(
     begin: float = 0.1,  # share of the steps before the first round: deltas start silent
     end: float = 0.6,  # share of the steps at which the last unit has left
 ) -> Ranking:
-    """Train with all PET open while prune units leave; keep what was salient."""
+    """Train with all PET open while prune units leave; keep what was salient.
+
+    Raises InputError for a hyperparameter out of its range.
+    """
+    law("apt.smooth", smooth, 0 <= smooth < 1, "in [0, 1)")
+    law("apt.rounds", rounds, rounds >= 1, "at least 1")
+    law("apt.begin", begin, 0 <= begin <= end <= 1, "a share of the steps, at most apt.end")
     net, limits, device = problem.net, problem.limits, problem.net.home
     groups = net.groups(problem.rates)
     crowd = min(1.0, problem.limit / problem.space.total) ** 0.5

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from searchpet.gates import concrete, decided, entropy, straight_through
-from searchpet.strategies import Problem, Ranking, descend
+from searchpet.strategies import Problem, Ranking, descend, law
 
 TRAINS = True
 
@@ -40,7 +40,14 @@ def search(
     ramp: float = 0.3,  # share of the steps in which pruning sets in, after the warm-up
     hard: float = 0.2,  # share of the steps, at the end, in which prune gates are open or closed
 ) -> Ranking:
-    """Learn alpha (units,), then keep units by p per parameter within the limits."""
+    """Learn alpha (units,), then keep units by p per parameter within the limits.
+
+    Raises InputError for a hyperparameter out of its range.
+    """
+    law("bilevel.alpha_lr", alpha_lr, alpha_lr > 0, "above 0")
+    for name, share in (("warmup", warmup), ("ramp", ramp), ("hard", hard)):
+        law(f"bilevel.{name}", share, 0 <= share <= 1, "a share of the steps in [0, 1]")
+    law("bilevel.cold", cold, 0 < cold <= 1, "in (0, 1]")
     net, limits, device = problem.net, problem.limits, problem.net.home
     alpha = torch.zeros(len(problem.space), device=device, requires_grad=True)
     weights = [p for group in net.groups(problem.rates) for p in group["params"]]

@@ -13,7 +13,7 @@ import torch
 from searchpet import catalog
 from searchpet.errors import InputError
 from searchpet.settle import settle
-from searchpet.strategies import Problem, Ranking
+from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = True
 PRUNES = True  # needs masks and a limit on what they leave
@@ -31,6 +31,7 @@ def search(
 
     Raises InputError where there is nothing to prune, and for an unknown score or allocation.
     """
+    law("pet_first.batches", batches, batches >= 1, "at least 1")
     if problem.keep is None:
         raise InputError("pet_first prunes, but no limit on inference is given; add "
                          "--keep-flops 60%")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from searchpet import catalog
 from searchpet.errors import InputError
 from searchpet.settle import settle
-from searchpet.strategies import Problem, Ranking
+from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = True
 PRUNES = True  # needs masks and a limit on what they leave
@@ -28,6 +28,7 @@ def search(
 
     Raises InputError where there is nothing to prune, and for an unknown score or allocation.
     """
+    law("prune_first.batches", batches, batches >= 1, "at least 1")
     calibration = [problem.train[i] for i in range(batches)]
     if problem.settle_weights is not None:
         problem.settle_weights(score, allocation, calibration)

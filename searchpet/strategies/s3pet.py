@@ -23,7 +23,7 @@ from torch import Tensor
 from searchpet.budget import fill, shift
 from searchpet.errors import InputError
 from searchpet.gates import concrete, decided, entropy
-from searchpet.strategies import Problem, Ranking, descend
+from searchpet.strategies import Problem, Ranking, descend, law
 
 
 def search(
@@ -37,6 +37,9 @@ def search(
 
     Raises InputError for a space with prune masks.
     """
+    law("s3pet.alpha_lr", alpha_lr, alpha_lr > 0, "above 0")
+    law("s3pet.lr", lr, lr >= 0, "at least 0")
+    law("s3pet.radius", radius, radius > 0, "above 0")
     if problem.keep is not None:
         raise InputError("s3pet searches PET alone, as published, but the search is to keep "
                          f"{problem.keep.text} of the {problem.keep.measure}; take --strategy "

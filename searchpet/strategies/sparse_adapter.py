@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from searchpet.errors import InputError
-from searchpet.strategies import Problem, Ranking
+from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = False
 SPARSE = True  # keeps single parameters: what a law says of whole units does not hold
@@ -28,6 +28,7 @@ def search(
 
     Raises InputError for a budget above that, and where prune masks are in the space.
     """
+    law("sparse_adapter.batches", batches, batches >= 1, "at least 1")
     if problem.keep is not None or problem.settle_weights is not None:
         raise InputError("sparse_adapter thins PET alone, but masks of the backbone are asked for "
                          "too; drop --keep-flops or --keep-weights")
