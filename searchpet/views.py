@@ -122,7 +122,9 @@ def checks(found: Iterable[Any]) -> Table:
 
 
 def _brief(value: Any) -> object:
-    return f"{value:.2g}" if isinstance(value, float) and value < 1 else value
+    if isinstance(value, float):
+        return round(value) if value >= 1 else f"{value:.2g}"
+    return value
 
 
 def ahead(plan: Mapping[str, Any]) -> Table:
