@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -147,3 +147,22 @@ class Groups(nn.Module):
         chosen = keep.nonzero().squeeze(-1)
         return Groups(self.size, self.each,
                       chosen if self.index is None else self.index[chosen])
+
+
+class Mask(Delta):
+    """What prune masks share: gates over groups of features, no parameters, neutral at 1."""
+
+    stage: Stage = "input"
+    neutral: ClassVar[float] = 1.0
+
+    def __init__(self, site: Site, groups: Groups, **options: Any) -> None:
+        super().__init__(width=len(groups), run=groups.each)
+        self.site, self.groups, self.options = site, groups, options
+
+    def cost(self) -> Tensor:
+        return each(self.width, 0)
+
+    def thin(self, keep: Tensor) -> Delta:
+        make: Any = type(self)
+        thinner: Delta = make(self.site, **self.options, channels=self.groups.thin(keep))
+        return thinner

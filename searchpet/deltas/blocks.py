@@ -6,20 +6,17 @@ arXiv:2109.04838, who train such masks by movement).
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask, Stage
 from searchpet.errors import InputError
 from searchpet.site import Site
 
 
-class Blocks(Delta):
-    """One gate per tile, row by row; no parameters, neutral at 1."""
+class Blocks(Mask):
+    """One gate per tile, row by row."""
 
     stage: Stage = "weight"
-    neutral: ClassVar[float] = 1.0
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -38,22 +35,13 @@ class Blocks(Delta):
                              f"{site.d_in}, that of {site.path}; take divisors")
         if channels is None:
             channels = Groups(site.d_out // rows * (site.d_in // columns), 1)
-        super().__init__(width=len(channels))
-        self.options: dict[str, Any] = {"rows": rows, "columns": columns}
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels, rows=rows, columns=columns)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         rows, columns = self.options["rows"], self.options["columns"]
         tiles = self.groups.at(z).view(len(x) // rows, -1)  # (d_out / r, d_in / c)
         mask = tiles.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
         return (mask - 1) * x  # x is W (d_out, d_in)
-
-    def thin(self, keep: Tensor) -> Blocks:
-        return Blocks(self.site, **self.options, channels=self.groups.thin(keep))
 
 
 KIND = Blocks

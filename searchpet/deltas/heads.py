@@ -8,19 +8,14 @@ the same place.
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask
 from searchpet.site import Site
 
 
-class Heads(Delta):
-    """One gate per key-value head; no parameters, neutral at 1."""
-
-    stage: Stage = "input"
-    neutral: ClassVar[float] = 1.0
+class Heads(Mask):
+    """One gate per key-value head."""
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -30,18 +25,10 @@ class Heads(Delta):
     def __init__(self, site: Site, *, channels: Groups | None = None) -> None:
         if channels is None:
             channels = Groups(site.d_in, site.d_in // (site.kv_heads or 1))
-        super().__init__(width=len(channels), run=channels.each)
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (self.groups.at(z) - 1) * x  # (..., d_in)
-
-    def thin(self, keep: Tensor) -> Heads:
-        return Heads(self.site, channels=self.groups.thin(keep))
 
 
 KIND = Heads

@@ -5,19 +5,16 @@ Layer dropping (Fan et al. 2019, arXiv:1909.11556; Sajjad et al. 2020, arXiv:200
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask, Stage
 from searchpet.site import Site
 
 
-class Layers(Delta):
-    """One gate for the layer; no parameters, neutral at 1."""
+class Layers(Mask):
+    """One gate for the layer."""
 
     stage: Stage = "output"
-    neutral: ClassVar[float] = 1.0
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -26,18 +23,10 @@ class Layers(Delta):
     def __init__(self, site: Site, *, channels: Groups | None = None) -> None:
         if channels is None:
             channels = Groups(site.d_out, site.d_out)
-        super().__init__(width=len(channels), run=channels.each)
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (self.groups.at(z) - 1) * (y - x)  # (..., d_out)
-
-    def thin(self, keep: Tensor) -> Layers:
-        return Layers(self.site, channels=self.groups.thin(keep))
 
 
 KIND = Layers

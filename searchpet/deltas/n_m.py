@@ -6,20 +6,17 @@ whoever makes or loads one checks (`searchpet.masks.legal_n_m`); gates of a sear
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask, Stage
 from searchpet.errors import InputError
 from searchpet.site import Site
 
 
-class NM(Delta):
-    """One gate per element; no parameters, neutral at 1."""
+class NM(Mask):
+    """One gate per element."""
 
     stage: Stage = "weight"
-    neutral: ClassVar[float] = 1.0
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -38,19 +35,10 @@ class NM(Delta):
                              f"{site.path} has rows of {site.d_in}")
         if channels is None:
             channels = Groups(site.d_out * site.d_in, 1)
-        super().__init__(width=len(channels))
-        self.options: dict[str, Any] = {"n": n, "m": m}
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels, n=n, m=m)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (self.groups.at(z).view_as(x) - 1) * x  # x is W (d_out, d_in)
-
-    def thin(self, keep: Tensor) -> NM:
-        return NM(self.site, **self.options, channels=self.groups.thin(keep))
 
 
 KIND = NM

@@ -8,19 +8,14 @@ feed-forward the product of both branches is gated.  The mask of CoFi's intermed
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask
 from searchpet.site import Site
 
 
-class Neurons(Delta):
-    """One gate per group of neurons; no parameters, neutral at 1."""
-
-    stage: Stage = "input"
-    neutral: ClassVar[float] = 1.0
+class Neurons(Mask):
+    """One gate per group of neurons."""
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -37,19 +32,10 @@ class Neurons(Delta):
         size = -(-site.d_in // (most * multiple)) * multiple
         if channels is None:
             channels = Groups(site.d_in, size)
-        super().__init__(width=len(channels), run=channels.each)
-        self.options: dict[str, Any] = {"most": most, "multiple": multiple}
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels, most=most, multiple=multiple)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (self.groups.at(z) - 1) * x  # (..., d_in)
-
-    def thin(self, keep: Tensor) -> Neurons:
-        return Neurons(self.site, **self.options, channels=self.groups.thin(keep))
 
 
 KIND = Neurons

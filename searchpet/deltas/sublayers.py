@@ -6,19 +6,16 @@ z = 0 takes the whole sublayer out: the residual stream passes it by.  CoFi's z_
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask, Stage
 from searchpet.site import Site
 
 
-class Sublayers(Delta):
-    """One gate for all; no parameters, neutral at 1."""
+class Sublayers(Mask):
+    """One gate for all."""
 
     stage: Stage = "output"
-    neutral: ClassVar[float] = 1.0
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -27,18 +24,10 @@ class Sublayers(Delta):
     def __init__(self, site: Site, *, channels: Groups | None = None) -> None:
         if channels is None:
             channels = Groups(site.d_out, site.d_out)
-        super().__init__(width=len(channels), run=channels.each)
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (self.groups.at(z) - 1) * y  # (..., d_out)
-
-    def thin(self, keep: Tensor) -> Sublayers:
-        return Sublayers(self.site, channels=self.groups.thin(keep))
 
 
 KIND = Sublayers

@@ -6,19 +6,16 @@ masked weights cost as much as others.  Kept elements are counted in rows, (d_ou
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 from torch import Tensor
 
-from searchpet.deltas import Delta, Groups, Stage, each
+from searchpet.deltas import Groups, Mask, Stage
 from searchpet.site import Site
 
 
-class Weights(Delta):
-    """One gate per element; no parameters, neutral at 1."""
+class Weights(Mask):
+    """One gate per element."""
 
     stage: Stage = "weight"
-    neutral: ClassVar[float] = 1.0
 
     @classmethod
     def fits(cls, site: Site) -> bool:
@@ -27,18 +24,10 @@ class Weights(Delta):
     def __init__(self, site: Site, *, channels: Groups | None = None) -> None:
         if channels is None:
             channels = Groups(site.d_out * site.d_in, 1)
-        super().__init__(width=len(channels))
-        self.site = site
-        self.groups = channels
-
-    def cost(self) -> Tensor:
-        return each(self.width, 0)
+        super().__init__(site, channels)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         return (self.groups.at(z).view_as(x) - 1) * x  # x is W (d_out, d_in)
-
-    def thin(self, keep: Tensor) -> Weights:
-        return Weights(self.site, channels=self.groups.thin(keep))
 
 
 KIND = Weights

@@ -35,7 +35,7 @@ class Loop(Protocol):
 
 
 def _unmeasured(name: str, batches: Sequence[Batch]) -> Tensor:
-    raise NotImplementedError(f"this problem cannot measure {name}")
+    raise RuntimeError(f"a problem must be given `importance` to score units by {name}")
 
 
 @dataclass
