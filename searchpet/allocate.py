@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -237,53 +236,3 @@ def rounds(ratio: float, per_round: float = 0.2) -> list[float]:
         found.append(now)
         now *= 1 - per_round
     return [*found, ratio]
-
-
-# --- by the loss itself -------------------------------------------------------------------------
-
-
-class Step(NamedTuple):
-    """An accepted removal: the number of the group, the loss before and after."""
-
-    group: int
-    before: float
-    after: float
-
-
-class Greedy(NamedTuple):
-    """keep (units,) bool; steps: accepted removals in order; tried: how often the loss was asked.
-    """
-
-    keep: Tensor
-    steps: tuple[Step, ...]
-    tried: int
-
-
-def loss_delta(loss: Callable[[Tensor], float], units: int, groups: Sequence[Sequence[int]],
-               tolerance: float = 0.0) -> Greedy:
-    """Remove groups of units, in the order given, wherever the loss allows it.
-
-    loss(keep) judges keep (units,) bool, say on validation data.  groups: unit numbers, from
-    coarse (a layer) to fine (an attention head, a neuron group); units that are gone are not
-    removed again.  A removal stays if the loss is at most the best loss so far + tolerance: with
-    tolerance 0 the losses of the accepted steps never rise.  Nagarajan et al. 2020 (AxFormer),
-    arXiv:2010.03688: a finer group is tried only where the coarser one had to stay.
-    Raises InputError when a group names a unit that does not exist.
-    """
-    keep = torch.ones(units, dtype=torch.bool)
-    now = best = float(loss(keep.clone()))
-    steps, tried = [], 1
-    for number, group in enumerate(groups):
-        index = torch.as_tensor(list(group), dtype=torch.long)
-        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < units:
-            raise InputError(f"groups must name units 0 to {units - 1}, but group {number} names "
-                             f"{int(index.min())} to {int(index.max())}")
-        without = keep.clone()
-        without[index] = False
-        if torch.equal(without, keep):
-            continue
-        found, tried = float(loss(without.clone())), tried + 1
-        if found <= best + tolerance:
-            steps.append(Step(number, now, found))
-            keep, now, best = without, found, min(best, found)
-    return Greedy(keep, tuple(steps), tried)

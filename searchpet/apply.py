@@ -7,6 +7,7 @@ forward, its loss and its `.logits` are unchanged, so `transformers.Trainer` tra
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -37,7 +38,10 @@ DELTA_FILE = "delta.safetensors"
 
 
 class Trained(BaseModel):
-    """What delta.safetensors says of itself: enough to rebuild the model and read its output."""
+    """What delta.safetensors says of itself: enough to rebuild the model and read its output.
+
+    parts: of each task, where there are several; their heads lie side by side.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     spec_hash: str
@@ -47,6 +51,7 @@ class Trained(BaseModel):
     labels: tuple[str, ...]
     metrics: tuple[str, ...] = Field(min_length=1)
     max_length: int = Field(gt=0)
+    parts: tuple[Trained, ...] = ()
 
     @property
     def outputs(self) -> int:
@@ -113,24 +118,26 @@ def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str])
                          f"parameters, but its deltas have {counted:,}")
 
 
-def load(run: str | Path, *, device: str = "cpu", remove: bool | None = None) -> nn.Module:
+def load(run: str | Path, *, device: str = "cpu", remove: bool | None = None,
+         task: str | None = None) -> nn.Module:
     """The trained model of a run folder: the transformers class, in evaluation mode.
 
+    task: whose head the model gets, for a run on several tasks.
     remove: as in `apply`; by default what the spec prunes is really gone where the family is
     proven, else masked.
 
     The backbone comes from where its name says (hub, demo extra); for one that was a local
     folder give that folder to `restore`.  Raises InputError for a damaged or foreign file.
     """
-    return restore(run, remove=remove).to(device)
+    return restore(run, remove=remove, task=task).to(device)
 
 
 def restore(run: str | Path, model: str | None = None, *, remove: bool | None = None,
-            ) -> nn.Module:
+            task: str | None = None) -> nn.Module:
     """`load` with another place to take the backbone from (a local folder)."""
     folder = RunFolder(run)
     spec = Spec.load(folder.path)
-    tensors, trained = read_delta(folder)
+    tensors, trained = part_of(*read_delta(folder), task)
     if trained.spec_hash != spec.hash:
         raise InputError(f"{folder.path / DELTA_FILE} must belong to the spec beside it "
                          f"({spec.hash[:12]}…), but is of {trained.spec_hash[:12]}…")
@@ -173,6 +180,32 @@ def read_delta(folder: RunFolder) -> tuple[dict[str, Tensor], Trained]:
         raise InputError(f"{folder.path / DELTA_FILE}: {first_problem(error)}") from error
     except ValueError as error:
         raise InputError(f"{folder.path / DELTA_FILE} must say what it is for: {error}") from error
+
+
+def part_of(tensors: dict[str, Tensor], trained: Trained, task: str | None,
+            ) -> tuple[dict[str, Tensor], Trained]:
+    """What is of one task; all there is, where there is only one.
+
+    Raises InputError where it must be said which, and for a task that the run has not learned.
+    """
+    names = [part.task for part in trained.parts] or [trained.task]
+    if task is None and len(names) > 1:
+        raise InputError(f"a run on several tasks must be loaded for one of them, "
+                         f"{', '.join(names)}; give task, --task on the command line")
+    if task is not None and task not in names:
+        raise InputError(f"task must be one that the run has learned, {', '.join(names)}, but got "
+                         f"{task!r}")
+    if not trained.parts:
+        return tensors, trained
+    number = names.index(task or "")
+    found = {}
+    for name, value in tensors.items():
+        of = re.search(r"\.of\.([0-9]+)\.", name) if name.startswith("head/") else None
+        if of is None:
+            found[name] = value
+        elif int(of[1]) == number:
+            found[name.replace(of[0], ".")] = value
+    return found, trained.parts[number]
 
 
 def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],

@@ -29,6 +29,16 @@ class Rows(Protocol):
     def labels(self) -> tuple[int, ...] | tuple[float, ...] | None: ...
 
 
+class Encodings(Protocol):
+    """An encoded split, of one task or of several."""
+
+    def __len__(self) -> int: ...
+    @property
+    def labels(self) -> Any: ...
+    def halved(self, seed: int) -> tuple[Encodings, Encodings]: ...
+    def batches(self, batch_size: int, seed: int) -> Any: ...
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Tokenized rows, not padded yet.
@@ -58,6 +68,14 @@ class Encoded:
         tokens = {name: [lists[i] for i in rows.tolist()] for name, lists in self.tokens.items()}
         labels = None if self.labels is None else self.labels[rows]
         return Encoded(tokens, labels, self.pad, self.left)
+
+    def halved(self, seed: int) -> tuple[Encoded, Encoded]:
+        """`halve`."""
+        return halve(self, seed)
+
+    def batches(self, batch_size: int, seed: int) -> Batches:
+        """`Batches`."""
+        return Batches(self, batch_size, seed)
 
     def batch(self, indices: Tensor | Sequence[int]) -> Batch:
         """The rows at `indices`, padded to the longest: (b, longest) each; labels (b,) if any."""

@@ -1,10 +1,11 @@
-"""Masks of single weights: millions of them, so they are no units of a search but chosen by scores
-before it, stay as they are, and lie as packed bits beside the spec.
+"""Masks of single weights: millions of them, so they are no units of a search but chosen by
+scores, at once before it or in rounds, and lie as packed bits beside the spec.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,7 +40,7 @@ class Bulk:
         linears = [site for site in space.sites if site.form == "linear"]
         self.dense = sum(site.d_in * site.d_out for site in linears)
         self.limit = int(share * self.dense)
-        self.keeps: dict[str, Tensor] = {}  # key of a placement -> bool (width,)
+        self.gates: dict[str, Tensor] = {}  # by key of a placement; empty until settled
         self._grafts: Grafts | None = None
         if self.limit < self.fixed:
             raise InputError(f"--keep-weights must leave what no mask covers, "
@@ -50,31 +51,98 @@ class Bulk:
         """Elements of matrices without a mask."""
         return self.dense - sum(p.site.d_in * p.site.d_out for p in self.space.bulk)
 
-    def settle(self, score: str, allocation: str, batches: Sequence[Batch]) -> None:
-        """Choose the masks by a score of `searchpet.scores`.
+    @property
+    def share(self) -> float:
+        """Of the elements under masks, those that the limit leaves."""
+        return (self.limit - self.fixed) / (self.dense - self.fixed)
 
+    @property
+    def keeps(self) -> dict[str, Tensor]:
+        """The masks by key of a placement, bool (width,)."""
+        return {key: gate.cpu().bool().reshape(-1) for key, gate in self.gates.items()}
+
+    def kept(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that stay, by path: bool, of the shapes of the matrices in `like`, on the CPU.
+
+        Of masks of single weights; whatever no mask covers stays.
+        """
+        found = {path: torch.ones(m.shape, dtype=torch.bool) for path, m in like.items()}
+        for p in self.space.bulk:
+            rows = _rows(p.site) if p.site.index else torch.arange(p.site.d_out)
+            found[p.site.path][rows] = self.gates[key_of(p)].cpu().bool()
+        return found
+
+    def settle(self, score: str | Mapping[str, Tensor], allocation: str,
+               batches: Sequence[Batch], *, ease: float = 0.0) -> Bulk:
+        """Choose the masks by a score of `searchpet.scores`, or by scores of matrices by path.
+
+        May be called again: what is pruned already does not come back, and a named score is
+        measured on the model as it is pruned then.
         allocation: of `searchpet.allocate.keep_masks`; "" is per_row for wanda, else global.
+        ease in [0, 1]: how far the limit is still relaxed towards everything; masks with a rule of
+        their own stay open until it is 0.
         Raises InputError for a score that a few batches cannot measure.
         """
-        member = catalog.get("scores", score)
+        scores = self._measured(score, batches) if isinstance(score, str) else score
+        found = {key_of(p): _tiles(p, scores[p.site.path]) for p in self.space.bulk}
+        if not self.gates:
+            self.gates = {key: torch.ones(s.shape, dtype=torch.int8, device=s.device)
+                          for key, s in found.items()}
+            self._hook()
+        left = {key: s.float().masked_fill(self.gates[key] == 0, -torch.inf)
+                for key, s in found.items()}
+        keeps = self._choose(left, allocation or ("per_row" if score == "wanda" else "global"),
+                             ease)
+        for key, keep in keeps.items():
+            self.gates[key].copy_(keep)
+        return self
+
+    def _measured(self, name: str, batches: Sequence[Batch]) -> dict[str, Tensor]:
+        member = catalog.get("scores", name)
         if not set(needs_of(member)) <= {*WANTS, "generator"}:
             raise InputError(f"weights must be scored by what a few batches can measure, but "
-                             f"{score} needs a training; take magnitude, wanda, snip or fisher")
-        stats = collect(self.model, {p.site.path for p in self.space.bulk}, batches, self.loss,
-                        want=set(needs_of(member)) & set(WANTS), generator=self.generator)
-        scores = {path: member(stat) for path, stat in stats.items()}
-        found = {key_of(p): _tiles(p, scores[p.site.path]) for p in self.space.bulk}
-        self._choose(found, allocation or ("per_row" if score == "wanda" else "global"))
-        self._grafts = Grafts(self.model, [
-            Graft(p.site, p.kind, _delta(p).thin(self.keeps[key_of(p)]))
-            for p in self.space.bulk])
+                             f"{name} needs a training; take magnitude, wanda, snip or fisher")
+        with self._written():
+            stats = collect(self.model, {p.site.path for p in self.space.bulk}, batches,
+                            self.loss, want=set(needs_of(member)) & set(WANTS),
+                            generator=self.generator)
+            return {path: member(stat) for path, stat in stats.items()}
 
-    def _choose(self, scores: Mapping[str, Tensor], allocation: str) -> None:
+    def _hook(self) -> None:
+        self._grafts = Grafts(self.model, [Graft(p.site, p.kind, _delta(p))
+                                           for p in self.space.bulk])
+        self._grafts.z = [self.gates[key_of(p)].view(-1) for p in self.space.bulk]
+
+    @contextlib.contextmanager
+    def _written(self) -> Iterator[None]:
+        """Inside, masks are zeros in the weights themselves: only those can be measured."""
+        if self._grafts is None:
+            yield
+            return
+        modules: dict[str, Any] = {p.site.path: self.model.get_submodule(p.site.path)
+                                   for p in self.space.bulk}
+        masked = {path: module.weight.detach().clone() for path, module in modules.items()}
+        self._grafts.detach()
+        whole = {path: module.weight.detach().clone() for path, module in modules.items()}
+        try:
+            for path, module in modules.items():
+                module.weight.data.copy_(masked[path])
+            yield
+        finally:
+            for path, module in modules.items():
+                module.weight.data.copy_(whole[path])
+            self._hook()
+
+    def _choose(self, scores: Mapping[str, Tensor], allocation: str, ease: float,
+                ) -> dict[str, Tensor]:
+        """The masks by key, of their scores' shapes."""
         ruled = {key_of(p): p for p in self.space.bulk if p.kind == "n_m"}
         free = {key: score for key, score in scores.items() if key not in ruled}
-        keeps = {key: n_m(scores[key], *_ratio(p)) for key, p in ruled.items()}
-        left = self.limit - self.fixed - sum(int(k.sum()) for k in keeps.values())
-        if left < 0:
+        keeps = {key: n_m(scores[key], *_ratio(p)) if ease == 0 else scores[key] > -torch.inf
+                 for key, p in ruled.items()}
+        limit = int(self.limit + ease * (self.dense - self.limit))
+        left = limit - self.fixed - sum(int(k.sum()) for k in keeps.values())
+        if left < 0 and ease == 0:
             raise InputError(f"--keep-weights {self.text} must leave what the n_m masks keep by "
                              f"their rule, but they keep {-left:,} weights more; raise it")
         tiles = {p.site.d_in * p.site.d_out // p.width for p in self.space.bulk
@@ -84,8 +152,8 @@ class Bulk:
                              f"{self.space.name} are of {sorted(tiles)} weights")
         for tile in tiles:
             count = sum(score.numel() for score in free.values())
-            keeps |= keep_masks(free, min(count, left // tile) / count, allocation)
-        self.keeps = {key: keep.reshape(-1).bool().cpu() for key, keep in keeps.items()}
+            keeps |= keep_masks(free, min(count, max(0, left) // tile) / count, allocation)
+        return keeps
 
     def entries(self) -> tuple[Entry, ...]:
         """The spec's entries: references to the masks."""

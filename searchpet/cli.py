@@ -62,11 +62,13 @@ Plugin = Annotated[list[str], typer.Option(
 @app.command()
 def search(
     ctx: typer.Context, model: o.Model = "sentence-transformers/all-MiniLM-L6-v2",
-    task: o.TaskName = "agreement", data: o.Data = None, strategy: o.Strategy = "bilevel",
+    task: o.TaskName = "agreement", task_weights: o.TaskWeights = None, data: o.Data = None,
+    strategy: o.Strategy = "bilevel",
     space: o.SpaceName = None, set_: o.Set = [],  # noqa: B006  typer copies it
     budget: o.Budget = "0.01%", keep_flops: o.KeepFlops = None,
     keep_weights: o.KeepWeights = None, keep_latency: o.KeepLatency = None,
-    masks: o.Masks = None, distill: o.Distill = None, controls: o.Controls = 1,
+    masks: o.Masks = None, distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
+    inherit: o.Inherit = False, controls: o.Controls = 1,
     full: o.AlsoFull = False, count_head: o.CountHead = False, seed: o.Seed = 0,
     steps: o.Steps = 300, batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1,
     max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
@@ -89,8 +91,8 @@ def search(
     from searchpet.engine import search as run
 
     with _reporter(quiet) as reporter:
-        result = run(**given, distill=distill, test=test, out=out, resume=resume,
-                     listener=reporter)
+        result = run(**given, distill=distill, recovery=o.values(recovery), inherit=inherit,
+                     test=test, out=out, resume=resume, listener=reporter)
     _finish(result, json_)
 
 
@@ -102,7 +104,8 @@ def train(
     head_only: Annotated[bool, typer.Option("--head-only", help="The head, no spec.")] = False,
     sweep: Annotated[bool, typer.Option(
         "--sweep", help="Try a third and three times --tau too; validation chooses.")] = False,
-    distill: o.Distill = None, model: o.AnyModel = None, task: o.AnyTask = None,
+    distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
+    model: o.AnyModel = None, task: o.AnyTask = None, task_weights: o.TaskWeights = None,
     data: o.Data = None, seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
     accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
@@ -117,8 +120,9 @@ def train(
     reference = "full" if full else "head" if head_only else None
     settings = {**o.origin(spec), **o.settings(ctx)} if spec else o.settings(ctx)
     with _reporter(quiet) as reporter:
-        result = run(spec, reference=reference, sweep=sweep, distill=distill, test=test, out=out,
-                     resume=resume, listener=reporter, **settings)
+        result = run(spec, reference=reference, sweep=sweep, distill=distill,
+                     recovery=o.values(recovery), test=test, out=out, resume=resume,
+                     listener=reporter, **settings)
     _finish(result, json_)
 
 
@@ -143,7 +147,7 @@ def predict(
     file: Annotated[Path, typer.Argument(help="CSV, JSON Lines or parquet with the texts.")],
     form: Annotated[str, typer.Option("--format", help="jsonl or csv.")] = "jsonl",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="File; else stdout.")] = None,
-    model: o.AnyModel = None, batch_size: o.BatchSize = 128,
+    task: o.OneTask = None, model: o.AnyModel = None, batch_size: o.BatchSize = 128,
     plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
     """Label new texts with a trained run."""
@@ -152,7 +156,7 @@ def predict(
 
     if form not in ("jsonl", "csv"):
         raise unknown("--format", form, ("jsonl", "csv"))
-    text = lines(label(run, file, model=model, batch_size=batch_size), form)
+    text = lines(label(run, file, task=task, model=model, batch_size=batch_size), form)
     if out is None:
         typer.echo(text, nl=False)
     else:

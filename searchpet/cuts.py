@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from searchpet.discover import discover
 from searchpet.errors import InputError
+from searchpet.factors import change, matrix_of, rows_of
 from searchpet.site import Site
 
 MIXERS = ("attention", "cross_attention")
@@ -28,6 +30,9 @@ class Cut:
     neurons:   path of an `ffn.out` linear -> input features that stay, ascending.
     sublayers: paths of block sites whose sublayer goes: the branch adds nothing to the residual.
     layers:    paths of layer sites that go: their input passes by.
+    ranks:     path and role of a linear -> singular directions of its matrix that stay,
+               ascending, the largest first.  They are those of whole matrices, so nothing else
+               may go beside them.
 
     With no group or neuron left, the output projection's bias remains of the sublayer.
     """
@@ -36,6 +41,7 @@ class Cut:
     neurons: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sublayers: frozenset[str] = frozenset()
     layers: frozenset[str] = frozenset()
+    ranks: Mapping[tuple[str, str], tuple[int, ...]] = field(default_factory=dict)
 
 
 class Hooks:
@@ -54,7 +60,8 @@ class Hooks:
 
 def mask(model: nn.Module, cut: Cut) -> Hooks:
     """Hooks that make the model, of any family, compute what the cut one computes: x * z at
-    output projections, y * 0 at block sites, y <- x at layer sites.  It gets no faster.
+    output projections, y * 0 at block sites, y <- x at layer sites, y + (B A - W) x where
+    directions go.  It gets no faster.
 
     Raises InputError for a cut that names what the model does not have.
     """
@@ -77,6 +84,11 @@ def mask(model: nn.Module, cut: Cut) -> Hooks:
     for path in cut.layers:
         layer = model.get_submodule(path)
         hooks.add(layer.register_forward_hook(_pass_by, with_kwargs=True))
+    for site in sites:
+        if (site.path, site.role) in cut.ranks:
+            linear, rows = model.get_submodule(site.path), rows_of(site)
+            lost = change(matrix_of(linear)[rows], cut.ranks[site.path, site.role])
+            hooks.add(linear.register_forward_hook(_add(lost, rows)))
     return hooks
 
 
@@ -90,6 +102,15 @@ def _gate(z: Tensor) -> Callable[..., Any]:
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return (args[0] * z.to(args[0]), *args[1:])
+
+    return hook
+
+
+def _add(lost: Tensor, rows: Tensor) -> Callable[..., Any]:
+    """Hook: y (..., d_out) -> y with `lost` (rows, d_in) x added to some of its features."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        return output.index_add(-1, rows.to(output.device), F.linear(args[0], lost).to(output))
 
     return hook
 
@@ -123,6 +144,13 @@ def check(cut: Cut, sites: Sequence[Site]) -> None:
         _ascending(f"kv groups kept at {path}", groups, outputs[path])
     for path, neurons in cut.neurons.items():
         _ascending(f"neurons kept at {path}", neurons, downs[path])
+    ranks = {f"{s.path} ({s.role})": min(s.d_in, s.d_out) for s in linears}
+    for (path, role), kept in cut.ranks.items():
+        _named("ranks", "linears with their roles", [f"{path} ({role})"], ranks)
+        _ascending(f"directions kept at {path}", kept, ranks[f"{path} ({role})"])
+    if cut.ranks and (cut.heads or cut.neurons or cut.sublayers or cut.layers):
+        raise InputError("a cut of ranks must take nothing else out: they are those of whole "
+                         "matrices; cut one sort")
 
 
 def _outputs(prefixes: Iterable[str]) -> set[str]:

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from searchpet.apply import apply, load
 from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.finished import evaluate, predict
+from searchpet.inherit import must_learn, take
 from searchpet.latency import Table, measure
 from searchpet.merge import merge
+from searchpet.multitask import open_session, several
 from searchpet.propose import STRATEGY, Ask, propose
 from searchpet.pruning import asked as prune_to
+from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
-from searchpet.session import Outcome, Session, Settings, asked
+from searchpet.session import Outcome, Session
+from searchpet.settings import Settings, asked
 from searchpet.spec import Spec
-from searchpet.teach import taught
+from searchpet.teach import losses, taught
 
 __all__ = ["Result", "apply", "evaluate", "load", "merge", "predict", "search", "train"]
 
@@ -50,6 +56,8 @@ def search(
     keep_latency: str | None = None,
     masks: str | None = None,
     distill: str | None = None,
+    recovery: Mapping[str, Any] | None = None,
+    inherit: bool = False,
     controls: int = 1,
     full: bool = False,
     test: bool = False,
@@ -66,6 +74,8 @@ def search(
     keep_flops, keep_weights, keep_latency: share such as `60%` of the blocks' FLOPs, matrix
     elements or time on this device that may stay; the space then also has the masks of `masks`.
     distill: teacher of every training of a structure, controls included: `full` or a run folder.
+    recovery: fields of `searchpet.recovery.Recovery`: weights of what those trainings learn from.
+    inherit: start the training from what the search has learned; controls have learned nothing.
     Raises InputError for whatever is wrong with the input.
     """
     chosen = Settings(**settings)
@@ -73,19 +83,24 @@ def search(
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
               prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
+    terms = losses(distill, recovery)
+    if inherit:
+        must_learn(strategy)
     folder = RunFolder(out or default_out(chosen, ask))
     folder.start(asked(chosen, command="search", **ask.settings(), distill=distill,
+                       recovery=_plain(terms, recovery),
+                       inherit=inherit or None,  # runs from before it existed go on
                        controls=controls, full=full, test=test), resume)
     if folder.has("result.json"):
         return Result(folder.path, Spec.load(folder.path), folder.read_json("result.json"))
-    session = Session(chosen, listener)
+    session = open_session(chosen, listener)
     _check_test(session, test)
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
     session.table = _latencies(session, folder, ask)
-    _teach(session, folder, distill)
-    main = _find_and_train(session, folder, ask, chosen.seed, test)
+    _teach(session, folder, distill, terms)
+    main = _find_and_train(session, folder, ask, chosen.seed, test, inherit)
     rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
             for i in range(controls) for name in CONTROLS]
     session.job = "full"
@@ -106,6 +121,7 @@ def train(
     reference: str | None = None,
     sweep: bool = False,
     distill: str | None = None,
+    recovery: Mapping[str, Any] | None = None,
     test: bool = False,
     out: str | Path | None = None,
     resume: bool = False,
@@ -115,24 +131,29 @@ def train(
     """Train a spec, or a reference: `full` fine-tuning or the `head` alone.
 
     sweep: try a third and three times tau as well, choose by validation.
-    distill: teacher of a spec's training: `full` or a run folder.
+    distill, recovery: teacher of a spec's training, and what it learns from; as in `search`.
     Raises InputError for whatever is wrong with the input.
     """
     chosen = Settings(**settings)
     if (spec is None) == (reference is None):
         raise InputError("train takes a spec, --full or --head-only: exactly one of them")
+    if spec is None and (distill or recovery):
+        raise InputError("--distill and --recovery must train a spec, but a reference is asked "
+                         "for; drop them")
+    terms = losses(distill, recovery)
     found = spec if isinstance(spec, Spec) or spec is None else Spec.load(spec)
     label = found.hash[:8] if found else str(reference)
     folder = RunFolder(out or f"runs/{_short(chosen.task)}-{_short(chosen.model)}-train-{label}"
                               f"-s{chosen.seed}")
     folder.start(asked(chosen, command="train", spec=found.hash if found else None,
-                       reference=reference, sweep=sweep, distill=distill, test=test), resume)
+                       reference=reference, sweep=sweep, distill=distill,
+                       recovery=_plain(terms, recovery), test=test), resume)
     if folder.has("result.json"):
         return Result(folder.path, found, folder.read_json("result.json"))
-    session = Session(chosen, listener)
+    session = open_session(chosen, listener)
     _check_test(session, test)
     if found:
-        _teach(session, folder, distill)
+        _teach(session, folder, distill, terms)
         check_backbone(session, found)
         if bits := read_bits(found):
             folder.write_tensors(MASK_FILE, bits)
@@ -158,10 +179,19 @@ def _latencies(session: Session, folder: RunFolder, ask: Ask) -> Table | None:
     return Table.model_validate(folder.read_json("latency.json"))
 
 
-def _teach(session: Session, folder: RunFolder, teacher: str | None) -> None:
-    """Let the session's structures learn from a teacher, if one is asked for."""
-    if teacher is not None:
-        session.teaching = taught(session, folder, teacher)
+def _teach(session: Session, folder: RunFolder, teacher: str | None,
+           terms: Recovery | None) -> None:
+    """Let the session's structures learn from what is asked for, if that is not the task alone."""
+    if terms is not None:
+        if several(session.settings):
+            raise InputError("distillation and contrastive losses take one task, but --task is "
+                             f"{session.task.name}; drop --distill and --recovery")
+        session.teaching = taught(session, folder, teacher, terms)
+
+
+def _plain(terms: Recovery | None, given: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The losses for settings.json; None where the default was left alone."""
+    return asdict(terms) if terms and given else None
 
 
 def check_backbone(session: Session, spec: Spec) -> None:
@@ -181,26 +211,27 @@ def _control(session: Session, folder: RunFolder, ask: Ask, number: int, test: b
 
 
 def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, test: bool,
-                    ) -> dict[str, Any]:
+                    inherit: bool = False) -> dict[str, Any]:
     """Spec and training of one strategy in its folder; what is there already is kept."""
     session.job = ask.strategy
     if not folder.has("spec.json"):
         spec, seconds = propose(session, folder, ask, seed)
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
-    folder.drop("search.checkpoint.safetensors")
-    row = _trained(session, folder, Spec.load(folder.path), test=test)
+    folder.drop("search*.checkpoint.safetensors")
+    start = take(folder) if inherit else None
+    row = _trained(session, folder, Spec.load(folder.path), test=test, start=start)
     return {**row, "search_seconds": folder.read_json("search.json")["seconds"]}
 
 
 def _trained(session: Session, folder: RunFolder, method: Spec | str, *, sweep: bool = False,
-             test: bool = False) -> dict[str, Any]:
+             test: bool = False, start: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """Train once per folder; training.json keeps the outcome."""
     if not folder.has("training.json"):
         seed = session.settings.seed
         tried = session.sweep(method, folder, seed) if sweep else []
         tau = max(tried, key=lambda pair: pair[1])[0] if tried else None
-        outcome = session.fit(method, folder, seed, tau=tau, test=test)
+        outcome = session.fit(method, folder, seed, tau=tau, test=test, start=start)
         folder.write_json("training.json", {**outcome_row(outcome), "sweep": tried})
     folder.drop("train.checkpoint.safetensors")
     return dict(folder.read_json("training.json"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from searchpet.apply import origin, read_delta, restore
+from searchpet.apply import origin, part_of, read_delta, restore
 from searchpet.backbone import load_tokenizer
 from searchpet.batch import encode
 from searchpet.errors import InputError
@@ -19,9 +19,17 @@ from searchpet.train import predict as logits_of
 def evaluate(run: str | Path, *, task: str | None = None, data: str | None = None,
              split: str = "validation", model: str | None = None, batch_size: int = 128,
              ) -> dict[str, float]:
-    """Metrics of a trained run on a split of its task, or of another task with the same labels."""
-    _, trained = read_delta(RunFolder(run))
-    before = _settings(run)
+    """Metrics of a trained run on a split of its task, or of another task with the same labels.
+
+    Of a run on several tasks: on the one named, else on each, as `task/metric`.
+    """
+    tensors, trained = read_delta(RunFolder(run))
+    if trained.parts and task is None:
+        return {f"{part.task}/{name}": value for part in trained.parts
+                for name, value in evaluate(run, task=part.task, data=data, split=split,
+                                            model=model, batch_size=batch_size).items()}
+    before, own = _settings(run), task if trained.parts else None
+    _, trained = part_of(tensors, trained, own)
     found = load_task(task or before.get("task") or trained.task,
                       data=Path(d) if (d := data or before.get("data")) else None)
     if found.labels != trained.labels:
@@ -33,17 +41,20 @@ def evaluate(run: str | Path, *, task: str | None = None, data: str | None = Non
         labelled = ", ".join(n for n, s in found.splits.items() if s.labels is not None)
         raise InputError(f"--split must be a labelled split of {found.name}, {labelled}, but got "
                          f"{split!r}")
-    applied, tokenizer = _with_tokenizer(run, model)
+    applied, tokenizer = _with_tokenizer(run, model, own)
     encoded = encode(part, tokenizer, trained.max_length)
     return measure_model(applied, encoded, found.metrics, batch_size)
 
 
-def predict(run: str | Path, file: str | Path, *, model: str | None = None,
-            batch_size: int = 128) -> list[dict[str, Any]]:
-    """Predictions for new texts, one row each: the fields, `prediction`, and class `scores`."""
-    _, trained = read_delta(RunFolder(run))
+def predict(run: str | Path, file: str | Path, *, task: str | None = None,
+            model: str | None = None, batch_size: int = 128) -> list[dict[str, Any]]:
+    """Predictions for new texts, one row each: the fields, `prediction`, and class `scores`.
+
+    task: whose head predicts, for a run on several tasks.
+    """
+    _, trained = part_of(*read_delta(RunFolder(run)), task)
     columns = read_texts(Path(file), trained.fields)
-    applied, tokenizer = _with_tokenizer(run, model)
+    applied, tokenizer = _with_tokenizer(run, model, task)
     encoded = encode(Split(columns, None), tokenizer, trained.max_length)
     logits = logits_of(applied, encoded, batch_size)
     rows = []
@@ -58,10 +69,10 @@ def predict(run: str | Path, file: str | Path, *, model: str | None = None,
     return rows
 
 
-def _with_tokenizer(run: str | Path, model: str | None) -> tuple[Any, Any]:
+def _with_tokenizer(run: str | Path, model: str | None, task: str | None) -> tuple[Any, Any]:
     spec = Spec.load(run)
     name = model or origin(RunFolder(run)) or spec.backbone.name
-    return restore(run, model), load_tokenizer(name)
+    return restore(run, model, task=task), load_tokenizer(name)
 
 
 def _settings(run: str | Path) -> dict[str, Any]:

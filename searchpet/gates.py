@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+
+LOW, HIGH, COLD = -0.1, 1.1, 2 / 3  # of hard concrete gates: the stretch and the temperature
+_SHIFT = COLD * math.log(-LOW / HIGH)  # a gate is closed where noise + s is at most this
 
 
 def concrete(p: Tensor, temperature: float, generator: torch.Generator, rows: int = 0) -> Tensor:
@@ -16,6 +21,29 @@ def concrete(p: Tensor, temperature: float, generator: torch.Generator, rows: in
     u = torch.rand(shape, generator=generator, dtype=p.dtype).to(p.device)
     noise = torch.logit(u, eps=1e-9)
     return torch.sigmoid((noise + torch.logit(p, eps=1e-12)) / temperature).float()
+
+
+def hard_concrete(s: Tensor, generator: torch.Generator) -> Tensor:
+    """Hard concrete sample m = clamp(sigmoid((logit(u) + s) / b) (r - l) + l, 0, 1), float32.
+
+    Louizos et al. 2018, arXiv:1712.01312, eq. 10 to 12, with l = -0.1, r = 1.1, b = 2/3: exactly 0
+    or 1 with positive probability, and with a gradient in s (units,) between.
+    """
+    u = torch.rand(s.shape, generator=generator, dtype=s.dtype).to(s.device)
+    soft = torch.sigmoid((torch.logit(u, eps=1e-9) + s) / COLD)
+    return (soft * (HIGH - LOW) + LOW).clamp(0, 1).float()
+
+
+def opening(s: Tensor) -> Tensor:
+    """P(m > 0) = sigmoid(s - b log(-l / r)) of hard concrete gates (units,): the expected L0."""
+    return torch.sigmoid(s - _SHIFT)
+
+
+def location(p: Tensor) -> Tensor:
+    """The s (units,) of hard concrete gates that are above 0 with probability p: of `opening` the
+    inverse.  Where p is within a budget in expectation, so is the number of gates above 0.
+    """
+    return torch.logit(p, eps=1e-12) + _SHIFT
 
 
 def straight_through(z: Tensor, where: Tensor) -> Tensor:

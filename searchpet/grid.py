@@ -21,13 +21,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from searchpet.apply import apply, read_delta, write_tensors
 from searchpet.engine import outcome_row
 from searchpet.errors import InputError
 from searchpet.gridcells import Cell, cells_of, file_name, trainings_of
 from searchpet.gridfile import REFERENCES, GridFile, read_grid
+from searchpet.inherit import take
 from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, claim, write_table
+from searchpet.multitask import open_session
 from searchpet.propose import propose
+from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.spec import Spec
@@ -96,7 +101,7 @@ def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | Non
 
 
 def _session(bench: Bench, task: str) -> Session:
-    session = Session(bench.grid.settings(task, bench.data), bench.listener)
+    session = open_session(bench.grid.settings(task, bench.data), bench.listener)
     for warning in session.task.warnings:
         bench.say(f"warning: {task}: {warning}")
     return session
@@ -105,10 +110,8 @@ def _session(bench: Bench, task: str) -> Session:
 def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
     """Structures, sweep, final trainings; what is there already is kept."""
     session.job = str(cell)
-    if cell.method.distill:
-        session.teaching = _teacher(bench, cell, session)
-    else:
-        session.teaching = None
+    terms = cell.method.terms()
+    session.teaching = None if terms is None else _teaching(bench, cell, session, terms)
     found: dict[int, tuple[Spec | str, float]] = {}
     for structure, _ in bench.finals(cell):
         if structure not in found:
@@ -136,17 +139,21 @@ def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[S
         spec, seconds = propose(session, folder, ask, seed)
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
-    folder.drop("search.checkpoint.safetensors")
+    folder.drop("search*.checkpoint.safetensors")
     return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
 
 
-def _teacher(bench: Bench, cell: Cell, session: Session) -> Teaching:
-    """What a task's structures learn from; one process trains it, the others wait."""
+def _teaching(bench: Bench, cell: Cell, session: Session, terms: Recovery) -> Teaching:
+    """What a cell's structures learn from; one process trains the task's teacher, the others
+    wait.
+    """
     folder = RunFolder(bench.folder / "work" / file_name(cell.task) / "teacher")
+    if not cell.method.distill:
+        return taught(session, folder, None, terms)
     while True:
         with claim(folder.path) as mine:
             if mine or folder.has(WEIGHTS):
-                return taught(session, folder, "full")
+                return taught(session, folder, "full", terms)
         time.sleep(1)
 
 
@@ -158,7 +165,8 @@ def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
     seed = bench.grid.seeds[0]
     for tau in bench.grid.taus:
         if cell.key(0, seed, tau) not in bench.sweeps.rows():
-            row = _train(session, _sweep_folder(cell, tau), method, seed, tau, test=False)
+            row = _train(session, _sweep_folder(cell, tau), method, seed, tau,
+                         start=_start(cell, 0))
             line = _line(cell, session, row, (0, seed), seconds)
             bench.sweeps.add(line)
             bench.progress(f"{cell} sweep tau {tau:g}: {line['metric']} {line['score']:.4f} on "
@@ -182,15 +190,22 @@ def _final(bench: Bench, cell: Cell, session: Session, method: Spec | str,
         if isinstance(method, Spec) and swept.has("delta.safetensors"):
             return {**row, "score": _test_score(session, method, swept, seed), "split": "test"}
     folder = RunFolder(cell.path).sub(f"structure-{structure}-seed-{seed}")
-    row = _train(session, folder, method, seed, tau, test=test)
+    row = _train(session, folder, method, seed, tau, test=test, start=_start(cell, structure))
     return {**row, "split": "test" if test else "validation"}
 
 
+def _start(cell: Cell, structure: int) -> dict[str, Tensor] | None:
+    """What a structure's search has left it to begin with, if it is to be used."""
+    if not cell.method.inherit or cell.method.name in REFERENCES:
+        return None
+    return take(RunFolder(cell.path).sub(f"structure-{structure}"))
+
+
 def _train(session: Session, folder: RunFolder, method: Spec | str, seed: int, tau: float, *,
-           test: bool) -> Row:
+           test: bool = False, start: dict[str, Tensor] | None = None) -> Row:
     """One training per folder."""
     if not folder.has("training.json"):
-        outcome = session.fit(method, folder, seed, tau=tau, test=test)
+        outcome = session.fit(method, folder, seed, tau=tau, test=test, start=start)
         folder.write_json("training.json", outcome_row(outcome))
     folder.drop("train.checkpoint.safetensors")
     return dict(folder.read_json("training.json"))

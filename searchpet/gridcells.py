@@ -43,15 +43,18 @@ def cells_of(grid: GridFile, folder: Path, task: str, session: Callable[[], Sess
 
     session: opened only where a budget is no share.
     """
-    for i, budget in enumerate(map(str, grid.budgets)):
-        share = _share(budget, session)
+    for i, shared in enumerate(map(str, grid.budgets)):
         for j, keep in enumerate(grid.keep_flops or ("",)):
             for method in grid.methods:
                 prunes = method.masks != "" and method.name not in REFERENCES
+                own = None if method.budget is None else str(method.budget)
                 if method.name in REFERENCES and i + j == 0:
                     yield _cell(folder, task, "", REFERENCES[method.name], method, "")
-                elif method.name not in REFERENCES and (prunes or j == 0):
-                    yield _cell(folder, task, budget, share, method, keep if prunes else "")
+                elif (method.name not in REFERENCES and (prunes or j == 0)
+                      and (own is None or i == 0)):
+                    budget = own or shared
+                    yield _cell(folder, task, budget, _share(budget, session), method,
+                                keep if prunes else "")
 
 
 def trainings_of(grid: GridFile) -> int:
@@ -61,7 +64,8 @@ def trainings_of(grid: GridFile) -> int:
     for method in grid.methods:
         reference = method.name in REFERENCES
         keeps = 1 if method.masks == "" else max(1, len(grid.keep_flops))
-        cells = 1 if reference else len(grid.budgets) * keeps
+        budgets = 1 if method.budget is not None else len(grid.budgets)
+        cells = 1 if reference else budgets * keeps
         structures = 1 if reference else method.structures
         total += cells * (structures * len(grid.seeds) + sweep)
     return len(grid.tasks) * total

@@ -7,11 +7,13 @@
     steps = 300
     methods = ["full", "uniform:bias", "default", { name = "random", structures = 3 }]
 
-A method is a name or a table with `name`, `strategy`, `space`, `set`, `structures`, `masks` and
-`distill`.  With `keep_flops = ["60%"]` methods prune as well, but for those with `masks = ""`;
-`distill = true` trains their structures on the outputs of full fine-tuning.  Names that mean
-something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on
-the space `s3pet_mix`), and `default`: what the command line does with no choice made.
+A method is a name or a table with `name`, `strategy`, `space`, `set`, `structures`, `budget`,
+`masks`, `distill`, `recovery` and `inherit`.  With `keep_flops = ["60%"]` methods prune as well,
+but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true` trains
+its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }` says on
+what else; `inherit = true` starts the trainings from what the search has learned.  Names that mean
+something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on the space
+`s3pet_mix`), and `default`: what the command line does with no choice made.
 """
 
 from __future__ import annotations
@@ -24,11 +26,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from searchpet.budget import Budget
 from searchpet.errors import InputError
+from searchpet.inherit import must_learn
 from searchpet.propose import STRATEGY, Ask, hyperparameters
 from searchpet.pruning import asked as prune_to
-from searchpet.session import Settings
+from searchpet.recovery import Recovery
+from searchpet.settings import Settings
 from searchpet.spacefile import read_space
 from searchpet.spec import first_problem
+from searchpet.teach import losses
 
 REFERENCES = {"full": 1.0, "head": 0.0}  # trained without a budget -> the budget in their lines
 NAMED = {"default": (STRATEGY, None), "s3pet": ("s3pet", "s3pet_mix")}  # strategy, space
@@ -45,16 +50,25 @@ class Method(BaseModel):
     structures: int = Field(default=1, ge=1)  # structure seeds 0, 1, ...
     masks: str | None = None  # what pruning may take out; "": this method does not prune
     distill: bool = False
+    recovery: dict[str, float | str] = {}  # weights of the losses and their options
+    inherit: bool = False
+    budget: str | int | None = None  # instead of the grid's
 
     def resolved(self) -> tuple[str, str | None]:
         """Strategy and space; what is not given follows from the name."""
         strategy, space = NAMED.get(self.name, (self.name, None))
         return self.strategy or strategy, self.space or (None if self.strategy else space)
 
-    def beside(self) -> list[str | bool]:
-        """What differs from the defaults of pruning."""
-        masks: list[str | bool] = [] if self.masks is None else [self.masks]
-        return [*masks, "distill"] if self.distill else masks
+    def terms(self) -> Recovery | None:
+        """What the structures are trained on; None: the task's loss."""
+        return losses("full" if self.distill else None, self.recovery)
+
+    def beside(self) -> list[Any]:
+        """What differs from the defaults of pruning and training."""
+        masks = [] if self.masks is None else [self.masks]
+        flags = [name for name in ("distill", "inherit") if getattr(self, name)]
+        own = [value for value in (self.recovery, self.budget) if value]
+        return [*masks, *flags, *own]
 
 
 class GridFile(BaseModel):
@@ -125,10 +139,13 @@ def read_grid(path: str | Path) -> GridFile:
             ask = grid.ask(method, "1", None)
             hyperparameters(ask.strategy, ask.set)
             read_space(ask.named_space)
+            method.terms()
+            if method.inherit:
+                must_learn(ask.strategy)
             for keep in grid.keep_flops:
                 if (prune := grid.ask(method, "1", keep).prune) is not None:
                     read_space(prune.masks)
-    for budget in grid.budgets:
+    for budget in (*grid.budgets, *(m.budget for m in grid.methods if m.budget is not None)):
         Budget.parse(budget, 1)
     for tau in grid.taus:
         Settings(tau=tau, steps=grid.steps, batch_size=grid.batch_size,

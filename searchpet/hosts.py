@@ -19,6 +19,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from searchpet.errors import InputError
 from searchpet.site import Site
 
 NOTHING = -1  # a feature that hangs on no mask
@@ -28,11 +29,15 @@ _MIXED = {"query", "key", "value", "in", "gate"}  # roles whose outputs the outp
 
 @dataclass(frozen=True)
 class Mask:
-    """A prune mask: `ids[c]` names coordinate c, which gates `run` consecutive features."""
+    """A prune mask: `ids[c]` names coordinate c, which gates `run` consecutive features.
+
+    atoms: it gates singular directions of the site's matrix instead: all features stay.
+    """
 
     site: Site
     ids: Tensor
     run: int
+    atoms: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,14 +69,26 @@ class Live:
 
 @dataclass
 class Hosts:
-    """Sites, and the masks over them."""
+    """Sites, and the masks over them.
+
+    directions: path and role of a site -> the mask of its matrix's singular directions.
+    Raises InputError for such masks beside those that take features away: the directions are
+    those of whole matrices.
+    """
 
     sites: Sequence[Site]
     masks: Iterable[Mask]
+    directions: dict[tuple[str, str], Mask] = field(init=False)
     _at: dict[tuple[str, str], Mask] = field(init=False)
 
     def __post_init__(self) -> None:
-        self._at = {(mask.site.path, mask.site.role): mask for mask in self.masks}
+        masks = tuple(self.masks)
+        self.directions, self._at = (
+            {(mask.site.path, mask.site.role): mask for mask in masks if mask.atoms is atoms}
+            for atoms in (True, False))
+        if self.directions and self._at:
+            raise InputError("masks of ranks must be the only masks of units, as they are those "
+                             "of whole matrices, but there are others; give one sort to --masks")
 
     @cached_property
     def _blocks(self) -> dict[tuple[str, int], list[Site]]:

@@ -6,6 +6,7 @@ Beside the scores of `searchpet.scores` that a few batches can measure there are
 
 - gate: |dL/dz| of the unit's gate, per batch, Taylor expansion of Michel et al. 2019,
   arXiv:1905.10650, eq. 2;
+- energy: the squared singular values of a group of directions (ranks alone);
 - contribution: 1 - cos of what goes into a layer and comes out of it (layers alone);
 - top, bottom, alternate, symmetric: by depth, after Sajjad et al. 2020, arXiv:2004.03844: which
   layers go first (the last ones, the first ones, every other one, those in the middle).
@@ -14,6 +15,7 @@ Beside the scores of `searchpet.scores` that a few batches can measure there are
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def names() -> list[str]:
     """Scores that units can be given."""
     scores = [n for n in catalog.names("scores")
               if set(needs_of(catalog.get("scores", n))) <= {*WANTS, "generator"}]
-    return sorted([*scores, "contribution", "gate", *POSITIONS])
+    return sorted([*scores, "contribution", "energy", "gate", *POSITIONS])
 
 
 def importance(name: str, net: Supernet, batches: Sequence[Batch], loss: Loss,
@@ -60,6 +62,8 @@ def importance(name: str, net: Supernet, batches: Sequence[Batch], loss: Loss,
         found = torch.rand(len(space), generator=generator, dtype=torch.float64)
     elif name == "gate":
         found = _gates(net, batches, loss)
+    elif name == "energy":
+        found = _energies(net)
     elif name in POSITIONS or name == "contribution":
         found = _layers(name, net, batches, loss)
     else:
@@ -77,6 +81,19 @@ def _gates(net: Supernet, batches: Sequence[Batch], loss: Loss) -> Tensor:
         (slope,) = torch.autograd.grad(loss(batch), z)
         total += slope.abs().cpu().double() / len(batches)
     net.z = before
+    return total
+
+
+def _energies(net: Supernet) -> Tensor:
+    """Squared singular values, added up over a unit's directions."""
+    space, total = net.space, torch.zeros(len(net.space), dtype=torch.float64)
+    for p, graft in zip(space.placements, net.grafts.grafts, strict=True):
+        if p.neutral == 1:
+            measure: Any = getattr(graft.delta, "energies", None)
+            if measure is None:
+                raise InputError(f"score energy is of ranks, but there are masks of {p.kind}; "
+                                 "take gate, or --masks prune/ranks")
+            total.index_add_(0, space.unit[p.start : p.start + p.width], measure())
     return total
 
 
@@ -100,6 +117,8 @@ def _layers(name: str, net: Supernet, batches: Sequence[Batch], loss: Loss) -> T
 def _weights(name: str, net: Supernet, batches: Sequence[Batch], loss: Loss,
              generator: torch.Generator) -> Tensor:
     """A score of `searchpet.scores`, added up."""
+    if any(mask.atoms for mask in masks_of(net.space)):
+        raise InputError(f"score {name} adds up weights, but ranks are none; take gate or energy")
     space, score = net.space, catalog.get("scores", name)
     linears = [site for site in space.sites if site.form == "linear"]
     want = set(needs_of(score)) & set(WANTS)

@@ -38,7 +38,7 @@ class Keep:
 
 def masks_of(space: Space) -> list[Mask]:
     """The space's prune masks; ids are units."""
-    return [Mask(p.site, space.unit[p.start : p.start + p.width], p.run)
+    return [Mask(p.site, space.unit[p.start : p.start + p.width], p.run, p.atoms)
             for p in space.placements if p.neutral == 1]
 
 
@@ -53,8 +53,8 @@ class Limits:
         if bool(space.prunes.any()) != (keep is not None):
             raise InputError("prune masks in a space and a limit on what is kept need each other: "
                              "give --keep-flops with the kinds heads, neurons, sublayers, layers, "
-                             f"but space {space.name} has {int(space.prunes.sum())} of their "
-                             f"units and the limit is {keep.text if keep else 'absent'}")
+                             f"ranks, but space {space.name} has {int(space.prunes.sum())} of "
+                             f"their units and the limit is {keep.text if keep else 'absent'}")
         self.space, self.limit, self.keep, self.settled = space, limit, keep, settled
         self.prune = space.prunes.nonzero().squeeze(-1)
         self.pet = (~space.prunes).nonzero().squeeze(-1)

@@ -29,14 +29,28 @@ def refill(mask: Tensor, score: Tensor | None = None) -> Tensor:
     if score is not None and score.shape != mask.shape:
         raise InputError(f"score must have the mask's shape, {tuple(mask.shape)}, but has "
                          f"{tuple(score.shape)}")
-    row = mask.sum(1)
-    left = torch.zeros(len(row)) if score is None else (score.detach().double() * mask).sum(1)
-    count = int(mask.sum())
-    rows = max(round(count / mask.shape[1]), min(count, 1))
-    order = np.lexsort((-left.cpu().numpy(), -row.cpu().numpy()))  # last key first, then stable
+    row = mask.sum(1).cpu()
+    left = row if score is None else (score.detach().double() * mask).sum(1).cpu()
+    place = filled(row, int(row.sum()) / mask.shape[1], left)
     keep = torch.zeros_like(mask)
-    keep[torch.from_numpy(order[:rows].copy()).to(mask.device)] = True
+    keep[(place > 0).to(mask.device)] = True
     return keep
+
+
+def filled(count: Tensor, many: float, left: Tensor) -> Tensor:
+    """Where n units stand in a quota of `many`, float64 (n,): above 0 inside it, higher = keep.
+
+    count (n,): what is left of each; the largest come first, among equals those with the larger
+    `left` (n,), then the first.  The quota is rounded, and one at least where anything is left.
+    A unit's value is how many places it is from the quota's edge, as a share of n: so one
+    threshold moves the quotas of several masks alike.
+    """
+    quota = max(round(many), int(bool(count.any())))
+    order = np.lexsort((-left.cpu().numpy(), -count.cpu().numpy()))  # last key first, then stable
+    found = torch.empty(len(count), dtype=torch.float64)
+    found[torch.from_numpy(order.copy())] = (
+        quota - 0.5 - torch.arange(len(count), dtype=torch.float64)) / len(count)
+    return found
 
 
 class Block(NamedTuple):

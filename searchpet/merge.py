@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from searchpet.deltas import Affine
 from searchpet.errors import InputError
+from searchpet.factors import Factored, matrix_of
 from searchpet.grafts import Graft, Grafts
 
 
@@ -58,21 +59,28 @@ class _Fold:
     """y -> after * (y + M x + g * y + c) with x -> before * x, on a whole module.
 
     before (d_in,), after (d_out,), mask (d_out, d_in) of the weight: factors; None is 1.
+    weight (d_out, d_in): W without masked directions; None is W.
     """
 
     affine: Affine
     before: Tensor | None = None
     after: Tensor | None = None
     mask: Tensor | None = None
+    weight: Tensor | None = None
 
 
 def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
     """What a module's grafts amount to."""
+    if isinstance(module, Factored):
+        raise InputError(f"an update can be merged into a matrix, but {path} is two factors; load "
+                         "the run with remove=False")
     d_out, d_in = _sizes(module)
     affines = [_whole(_affine(g), g, d_in, d_out) for g in members if g.delta.neutral == 0]
     fold = _Fold(_sum(affines))
     for graft in members:
-        if graft.delta.neutral == 1:
+        if graft.delta.neutral == 1 and graft.delta.atoms:
+            fold.weight = matrix_of(module)  # as it is masked now
+        elif graft.delta.neutral == 1:
             factor = _factor(graft, d_in, d_out)
             name = _FACTORS[graft.delta.stage]
             so_far = getattr(fold, name)
@@ -161,7 +169,8 @@ def _write(module: nn.Module, fold: _Fold) -> None:
     else:
         # (d_out, d_in) view; GPT-2's Conv1D stores the transpose
         matrix = weight.T if hasattr(module, "nf") else weight
-        new = matrix if gain is None else matrix * gain.unsqueeze(-1)
+        new = matrix if fold.weight is None else fold.weight
+        new = new if gain is None else new * gain.unsqueeze(-1)
         new = new if affine.M is None else new + affine.M
         new = new if fold.mask is None else new * fold.mask.to(new.device)
         matrix.copy_(new if fold.before is None else new * fold.before.to(new.device))

@@ -12,9 +12,9 @@ import typer
 from searchpet.errors import InputError
 
 WHAT, SEARCH, TRAIN, RUN = "What to work on", "Search", "Training", "Run"
-# fields of session.Settings that commands hand on
-SETTINGS = ("model", "task", "data", "seed", "steps", "batch_size", "accumulate", "max_length",
-            "tau", "lr", "precision", "device")
+# fields of settings.Settings that commands hand on
+SETTINGS = ("model", "task", "task_weights", "data", "seed", "steps", "batch_size",
+            "accumulate", "max_length", "tau", "lr", "precision", "device")
 
 Debug = Annotated[bool, typer.Option(
     "--debug", help="Show tracebacks and warnings.", rich_help_panel=RUN)]
@@ -40,7 +40,13 @@ AnyModel = Annotated[str | None, typer.Option(
     "--model", "-m", help="Backbone; by default the one that it was made on.",
     rich_help_panel=WHAT)]
 TaskName = Annotated[str, typer.Option(
-    "--task", "-t", help="An embedded task, a folder of data, or a hub name such as glue/sst2.",
+    "--task", "-t", help="An embedded task, a folder of data, or a hub name such as glue/sst2; "
+    "several, as in a,b,c, share one structure.", rich_help_panel=WHAT)]
+TaskWeights = Annotated[str | None, typer.Option(
+    "--task-weights", metavar="W,W,...", help="Share of each of several tasks; equal by default.",
+    rich_help_panel=WHAT)]
+OneTask = Annotated[str | None, typer.Option(
+    "--task", "-t", help="Which of the run's tasks, where it has several.",
     rich_help_panel=WHAT)]
 AnyTask = Annotated[str | None, typer.Option(
     "--task", "-t", help="Task; by default the one that it was made on.", rich_help_panel=WHAT)]
@@ -76,6 +82,14 @@ Masks = Annotated[str | None, typer.Option(
 Distill = Annotated[str | None, typer.Option(
     "--distill", metavar="TEACHER", help="Train structures on a teacher's outputs as well: full "
     "(fully fine-tuned here first) or the folder of a run.", rich_help_panel=TRAIN)]
+Recovery = Annotated[list[str], typer.Option(
+    "--recovery", metavar="TERM=WEIGHT", help="What structures learn from, instead of ce=0.5 and "
+    "logits=0.5 under --distill: ce, logits, hidden, attention, unsupervised, supervised; also "
+    "temperature=2, contrast_temperature=0.1, attention_form=mse or kl. Repeatable.",
+    rich_help_panel=TRAIN)]
+Inherit = Annotated[bool, typer.Option(
+    "--inherit", help="Start the training of the structure from what its search has learned.",
+    rich_help_panel=TRAIN)]
 CountHead = Annotated[bool, typer.Option(
     "--count-head", help="Let the budget pay for the head too.", rich_help_panel=SEARCH)]
 AlsoFull = Annotated[bool, typer.Option(
@@ -120,6 +134,18 @@ def assignments(texts: Sequence[str], strategy: str) -> dict[str, str]:
             raise InputError(f"--set must name a key of the strategy that runs, {name}, but got "
                              f"{text!r}; change --strategy or drop it")
         found[key] = value
+    return found
+
+
+def values(texts: Sequence[str]) -> dict[str, str]:
+    """`TERM=WEIGHT` -> {TERM: WEIGHT}.  Raises InputError for another form."""
+    found = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not (sign and name and value):
+            raise InputError(f"--recovery must read TERM=WEIGHT, such as logits=0.9, but got "
+                             f"{text!r}")
+        found[name] = value
     return found
 
 

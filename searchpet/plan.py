@@ -7,6 +7,7 @@ early stopping can make a training shorter.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,10 +17,12 @@ import torch
 
 from searchpet.engine import CONTROLS
 from searchpet.errors import InputError
+from searchpet.multitask import open_session
 from searchpet.propose import STRATEGY, Ask, budget_of, propose
 from searchpet.pruning import asked as prune_to
-from searchpet.run import Event
-from searchpet.session import Session, Settings
+from searchpet.run import Event, RunFolder
+from searchpet.session import Session
+from searchpet.settings import Settings
 from searchpet.spec import Spec
 
 STEPS = 6  # enough for a strategy to pass through its phases
@@ -77,14 +80,15 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
               prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
     clock = _Clock()
-    session = Session(replace(chosen, steps=STEPS), clock)
+    session = open_session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:
         units = ask.units(model)
         _, limit = budget_of(session, budget, count_head)
-    spec, spent = propose(session, None, ask, chosen.seed)
-    step = clock.step("search")
-    search_seconds = spent + step * max(0, chosen.steps - STEPS)
-    train_seconds = _training(session, clock, spec, chosen.steps)
+    with tempfile.TemporaryDirectory() as folder:  # for masks, which lie beside their spec
+        spec, spent = propose(session, RunFolder(folder), ask, chosen.seed)
+        step = clock.step("search")
+        search_seconds = spent + step * max(0, chosen.steps - STEPS)
+        train_seconds = _training(session, clock, spec, chosen.steps)
     trainings = 1 + controls * len(CONTROLS)
     total = search_seconds + trainings * train_seconds
     if full:

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from searchpet import catalog
-from searchpet.batch import halve
+from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
 from searchpet.importance import importance
+from searchpet.inherit import learns, leave
 from searchpet.limits import Keep, Limits
 from searchpet.pruning import Prune, keep_of, with_masks
 from searchpet.pruning import used as kept_use
@@ -32,7 +33,6 @@ from searchpet.sparse import Sparse
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem, Ranking, descend
 from searchpet.supernet import Supernet
-from searchpet.train import loss_of
 
 WARM = 10  # steps before a second scoring of PET's own parameters; two would do
 SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
@@ -79,7 +79,7 @@ def space_of(strategy: str, space: str | None) -> str:
     name, _, variant = strategy.partition(":")
     own = [path.rpartition("/")[2] for path in space_names() if path.startswith(f"{name}/")]
     if space or not own:
-        return space or SPACE
+        return space or str(catalog.about("strategies", name, "SPACE", SPACE))
     if variant not in own:
         raise unknown(f"{name}:NAME", variant, own)
     return f"{name}/{variant}"
@@ -158,13 +158,20 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
             net.remove()
             if bulk:
                 bulk.remove()
+        head = {n: p.detach().clone() for n, p in model.named_parameters() if n in session.head}
+    sparse.take(ranking.masks)
+    if ranking.notes and folder is not None:
+        folder.log(strategy=ask.strategy, **ranking.notes)
     spec = _spec(session, ask, problem.limits, ranking.keep, limits,
                  _provenance(session, ask, space, keywords, seed), sparse)
-    if sparse.keeps and folder is not None:
-        folder.write_tensors(MASK_FILE, sparse.bits())
-        spec._folder = folder.path
+    bits = sparse.bits()
     if bulk:
-        spec = _with_bulk(spec, bulk, ask, folder)
+        spec, bits = _with_bulk(spec, bulk, ask), bits | bulk.bits()
+    if bits and folder is not None:
+        folder.write_tensors(MASK_FILE, bits)
+        spec._folder = folder.path
+    if folder is not None and learns(ask.strategy):
+        leave(folder, net, spec, head, session.trained(spec).model_dump_json())
     return spec, round(time.monotonic() - began, 3)
 
 
@@ -179,17 +186,13 @@ def _bulk(ask: Ask, problem: Problem) -> Bulk:
     return bulk
 
 
-def _with_bulk(spec: Spec, bulk: Bulk, ask: Ask, folder: RunFolder | None) -> Spec:
-    """The spec with its weight masks, which are written beside it."""
+def _with_bulk(spec: Spec, bulk: Bulk, ask: Ask) -> Spec:
+    """The spec with its weight masks."""
     if not bulk.keeps:
         raise InputError(f"strategy {ask.strategy} chooses no masks of weights; take --strategy "
                          "prune_first")
-    whole = spec.model_copy(update={
+    return spec.model_copy(update={
         "entries": (*spec.entries, *bulk.entries()), "keep": bulk.use()})
-    if folder is not None:
-        folder.write_tensors(MASK_FILE, bulk.bits())
-        whole._folder = folder.path
-    return whole
 
 
 def _sparse(problem: Problem) -> Sparse:
@@ -198,8 +201,7 @@ def _sparse(problem: Problem) -> Sparse:
     Its warm-up is a few steps of the whole space, at rates lowered as `bilevel` lowers them.
     """
     def warm() -> None:
-        crowd = min(1.0, problem.limit / problem.space.total) ** 0.5
-        rates = {kind: r * (1.0 if kind == "head" else crowd)
+        rates = {kind: r * (1.0 if kind == "head" else problem.crowd)
                  for kind, r in problem.rates.items()}
         learn = torch.optim.AdamW(problem.net.groups(rates), weight_decay=0.0)
         for step in range(WARM):
@@ -213,11 +215,9 @@ def _sparse(problem: Problem) -> Sparse:
 def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budget,
           provenance: dict[str, Any], sparse: Sparse) -> Spec:
     """The choice as a spec; the budgets are asserted once more."""
-    used, limit = limits.parameters(keep), limits.limit
-    entries = limits.entries(keep)
-    if sparse.keeps:
-        entries = sparse.entries(entries)
-        used = sum(entry.mask.count for entry in entries if entry.mask)
+    limit, entries = limits.limit, sparse.entries(limits.entries(keep))
+    used = limits.parameters(keep & ~sparse.thinned)
+    used += sum(entry.mask.count for entry in entries if entry.mask)
     if used > limit:
         raise RuntimeError(f"strategy {ask.strategy} kept {used} parameters, above {limit}")
     if not used:
@@ -236,32 +236,46 @@ def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budg
 def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: int,
              keep: Keep | None, seed: int) -> Problem:
     """What the strategy may see: the training split, in two halves."""
-    first, second = halve(session.splits["train"], seed)
-    model, precision = net.model, session.settings.precision
-    probes = session.probe(model, net.grafts, first, seed)
+    first, second = session.splits["train"].halved(seed)
+    model = net.model
+    rates, room = _rates(session, net, Limits(net.space, limit, keep), first, seed)
     loops: list[Any] = []
 
     def loop(steps: int, **state: Any) -> Any:
-        loops.append(session.loop(folder, "search", steps, seed, **state))
+        stage = f"search-{len(loops) + 1}" if loops else "search"
+        loops.append(session.loop(folder, stage, steps, seed, **state))
         loops[-1].generator = generator
         model.train()
         return loops[-1]
 
     generator = torch.Generator().manual_seed(seed)
-    loss = loss_of(model, precision)
+    loss = session.loss(model)
     return Problem(
         net=net, space=net.space, limit=limit, keep=keep, train=session.batches(first, seed),
         valid=session.batches(second, seed + 1), loss=loss,
         importance=lambda name, batches: importance(name, net, batches, loss, generator),
-        rates=session.rates(probes, SEARCH * session.settings.tau), steps=session.settings.steps,
-        loop=loop, generator=generator)
+        rates=rates, room=room, steps=session.settings.steps, loop=loop, generator=generator)
+
+
+def _rates(session: Session, net: Supernet, limits: Limits, data: Encodings, seed: int,
+           ) -> tuple[dict[str, float], float]:
+    """Rates of the search, for gates as open as the limits allow on average; `Problem.room`."""
+    tau, own = session.settings.tau, (net.model, net.grafts, data, seed)
+    found = session.rates(session.probe(*own), SEARCH * tau)
+    everything = session.room(*own, found, tau)
+    net.z = limits.shift(torch.zeros(len(net.space)), ease=1.0).float()
+    average = session.room(*own, found, tau)
+    net.z = torch.ones(len(net.space))
+    lowered = {kind: r * (1.0 if kind == "head" else average) for kind, r in found.items()}
+    return lowered, everything / average
 
 
 def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str, Any],
                 seed: int) -> dict[str, Any]:
     """How a spec came about; no times, so that the same search gives the same file."""
     settings = {k: v for k, v in asdict(session.settings).items()
-                if k not in ("data", "device", "seed", "task", "model")}
+                if k not in ("data", "device", "seed", "task", "model")
+                and (k, v) != ("task_weights", None)}
     return {
         "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
         **({"masks": ask.prune.masks} if ask.prune else {}),

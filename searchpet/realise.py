@@ -77,11 +77,16 @@ def structure(spec: Spec, sites: Sequence[Site]) -> Structure:
                 delta = make(entry.kind, site, dict(entry.options))
             _below(entry, delta.width)
             start = sum(len(mask.ids) for mask in masks)
-            masks.append(Mask(site, torch.arange(start, start + delta.width), delta.run))
+            masks.append(Mask(site, torch.arange(start, start + delta.width), delta.run,
+                              delta.atoms))
             keeps.append(_bool(entry.kept, delta.width))
             sorts["masks"].append(entry)
     keep = torch.cat(keeps) if keeps else torch.zeros(0, dtype=torch.bool)
-    return Structure(named, Hosts(sites, masks), keep, tuple(sorts["masks"]),
+    hosts = Hosts(sites, masks)
+    if hosts.directions and sorts["weights"]:
+        raise InputError("a spec must mask the ranks of whole matrices, but it masks single "
+                         "weights as well; make one of one sort")
+    return Structure(named, hosts, keep, tuple(sorts["masks"]),
                      tuple(sorts["pet"]), tuple(sorts["weights"]), read_bits(spec))
 
 
@@ -119,21 +124,28 @@ def cut(of: Structure) -> Cut:
     """What the masks remove, in original numbering."""
     heads: dict[str, tuple[int, ...]] = {}
     neurons: dict[str, tuple[int, ...]] = {}
+    ranks: dict[tuple[str, str], tuple[int, ...]] = {}
     gone: dict[str, set[str]] = {"sublayers": set(), "layers": set()}
     for entry in of.masks:
         if entry.kind == "heads":
             heads[entry.path] = tuple(entry.kept)
         elif entry.kind == "neurons":
-            run = make(entry.kind, of.site(entry), dict(entry.options)).run
-            width = of.site(entry).d_in
-            neurons[entry.path] = tuple(
-                i for c in entry.kept for i in range(c * run, min((c + 1) * run, width)))
+            neurons[entry.path] = _members(of, entry, of.site(entry).d_in)
+        elif entry.kind == "ranks":
+            width = min(of.site(entry).d_in, of.site(entry).d_out)
+            ranks[entry.path, entry.role] = _members(of, entry, width)
         elif entry.kind in gone:
             gone[entry.kind].add(entry.path)
         else:
-            raise InputError(f"{entry.key}: only attention heads, neurons, sublayers and layers "
-                             f"can be removed, not {entry.kind}; load it with remove=False")
-    return Cut(heads, neurons, frozenset(gone["sublayers"]), frozenset(gone["layers"]))
+            raise InputError(f"{entry.key}: only attention heads, neurons, sublayers, layers and "
+                             f"ranks can be removed, not {entry.kind}; load it with remove=False")
+    return Cut(heads, neurons, frozenset(gone["sublayers"]), frozenset(gone["layers"]), ranks)
+
+
+def _members(of: Structure, entry: Entry, width: int) -> tuple[int, ...]:
+    """What is kept one by one, where a coordinate is a group of neighbours among `width`."""
+    run = make(entry.kind, of.site(entry), dict(entry.options)).run
+    return tuple(i for c in entry.kept for i in range(c * run, min((c + 1) * run, width)))
 
 
 def renamer(renames: dict[str, str]) -> Callable[[str], str]:

@@ -12,16 +12,17 @@
 - unsupervised, supervised: InfoNCE of the student's representation against frozen banks, mean over
   banks; see `searchpet.contrast`.
 
-Layer i of n is taught by layer round(i N / n) of N, halves up.  The teacher reads the student's
-token ids and gives its outputs in the student's order.  One of another architecture teaches logits
-alone: its layers have no counterpart.
+Layer i of n is taught by layer round(i N / n) of N, halves up: a student that has lost layers is
+taught by those at the depths of what is left.  One of which a layer has lost its attention cannot
+learn attention.  The teacher reads the student's token ids and gives its outputs in the student's
+order.  One of another architecture teaches logits alone: its layers have no counterpart.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -40,12 +41,13 @@ from searchpet.contrast import (
     stacks,
     tokens,
 )
-from searchpet.errors import unknown
+from searchpet.errors import InputError, unknown
 from searchpet.train import Batch
 
 MAP_LR = 1e-3  # of the learned maps: AdamW's usual rate, small against the identity's ones
 LEAST = 1e-6  # of an attention probability in KL, which takes logs: dropout makes some 0
 TERMS = ("ce", "logits", "hidden", "attention", "unsupervised", "supervised")
+TAUGHT = ("logits", "hidden", "attention", "supervised")  # terms that need a teacher
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,28 @@ class Recovery:
     def on(self, *terms: str) -> bool:
         """Whether one of the terms has a weight."""
         return any(getattr(self, term) > 0 for term in terms)
+
+    def given(self, values: Mapping[str, Any]) -> Recovery:
+        """With these weights and options, as numbers or text; where a term is among them, the
+        terms that are not have weight 0.
+
+        Raises InputError for a name that is no field, and for bad values.
+        """
+        known = [field.name for field in fields(self)]
+        named: dict[str, Any] = dict.fromkeys(TERMS, 0.0) if set(values) & set(TERMS) else {}
+        for name, value in values.items():
+            if name not in known:
+                raise unknown("--recovery", name, known)
+            named[name] = value if name == "attention_form" else _number(name, value)
+        return replace(self, **named)
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--recovery {name} must be a number such as {name}=0.5, but got "
+                         f"{value!r}") from error
 
 
 def match(layers: int, taught: int) -> list[int]:
@@ -208,7 +232,7 @@ def _check_parts(student: Any, teacher: Any, recovery: Recovery, probe: Batch,
     if recovery.on("hidden", "attention"):
         ours, theirs = student.config.model_type, teacher.config.model_type
         must(ours == theirs, f"hidden and attention need a teacher of the student's architecture "
-              f"{ours}, but got {theirs}; set them to 0 and use logits")
+              f"{ours}, but got {theirs}; leave them out and use logits")
     labels = probe.get("labels")
     must(labels is not None or not recovery.on("ce", "supervised"),
           "ce and supervised need labels, but the batch has none; set them to 0")
@@ -216,13 +240,14 @@ def _check_parts(student: Any, teacher: Any, recovery: Recovery, probe: Batch,
         must(bool(given), f"{term} needs a bank, but got none; set it to 0 or give one")
         classes = labels is not None and not labels.is_floating_point()
         must(term != "supervised" or (classes and all(b.labels is not None for b in given)),
-              "supervised needs classes in the batch and in the bank, but got none; set it to 0")
+              "supervised needs classes in the batch and in the bank, but got none; leave it out")
 
 
 def _check_sizes(recovery: Recovery, ours: Any, theirs: Any, probe: Batch,
                  banks: Mapping[str, Sequence[Bank]]) -> None:
     n, m = ours.logits.shape[-1], theirs.logits.shape[-1]
-    must(n == m, f"the teacher must have the student's {n} outputs, but has {m}")
+    must(n == m, f"the teacher must have the student's {n} outputs, but has {m}; give one that "
+         "was trained on this task")
     if not banks and not recovery.on("hidden", "attention"):
         return
     shapes = [tuple(h.shape) for layers in hidden(ours) for h in layers]
@@ -231,14 +256,15 @@ def _check_sizes(recovery: Recovery, ours: Any, theirs: Any, probe: Batch,
           f"{shapes}; use ce and logits alone")
     for who, out in (("student", ours), ("teacher", theirs)) if recovery.attention else ():
         layers = sum(map(len, hidden(out)))
-        maps = sum(a.dim() == 4 and a.shape[2] == a.shape[3]
+        maps = sum(a is not None and a.dim() == 4 and a.shape[2] == a.shape[3]
                    for found in stacks(out, "attentions") for a in found)
         must(maps == layers, f"attention needs a square map of each of {layers} layers, but the "
-              f"{who} gives {maps}; call its set_attn_implementation('eager'), or set it to 0 "
-              "where a layer has lost its attention")
+              f"{who} gives {maps}; call its set_attn_implementation('eager'), or, where a layer "
+              "has lost its attention, leave attention out and take hidden=1")
     for b in (b for given in banks.values() for b in given):
         must(b.rows.shape[-1] == shapes[-1][-1], f"a bank must have the student's "
-              f"{shapes[-1][-1]} channels, but has {b.rows.shape[-1]}")
+              f"{shapes[-1][-1]} channels, but has {b.rows.shape[-1]}; leave supervised out, or "
+              "take a teacher of the student's size")
 
 
 def maps_of(objective: Objective) -> list[dict[str, Any]]:

@@ -6,7 +6,8 @@ A removed model computes what `mask` computes on the dense one, with fewer opera
 - all of a sublayer's: a stub that returns the output projection's bias;
 - a sublayer: a stub that returns 0 (where the norm on the branch's output is inside the branch,
   it stands in the norm's place too).  Norms before a sublayer stay: they cost next to nothing;
-- a layer: its list is rebuilt, config counts and cache indices follow.
+- a layer: its list is rebuilt, config counts and cache indices follow;
+- singular directions of a matrix: two smaller matrices in its place (`searchpet.factors`).
 
 Weights are sliced by structure: `discover` says which features of which linear are whose.  What a
 family's own code reads besides is data in `families`.  Per-layer widths have no place in a config:
@@ -30,6 +31,7 @@ from searchpet.anatomy import Sublayer, gone, refuse, stacks, sublayers_of
 from searchpet.cuts import Cut, Hooks, check, features, mask
 from searchpet.discover import discover
 from searchpet.errors import InputError
+from searchpet.factors import put_factors, refuse_factors
 from searchpet.families import FAMILIES, Family
 from searchpet.probe import outputs, random_inputs, rows
 from searchpet.site import Site
@@ -81,6 +83,7 @@ def remove(model: nn.Module, cut: Cut, *, verify: bool = True) -> dict[str, str]
         for sublayer in sublayers:
             if sublayer.layer not in cut.layers:
                 _take_out(edits, model, sublayer, cut, family)
+        put_factors(edits, model, sites, cut.ranks)
         renamed = _drop_layers(edits, model, cut, family, sites)
         if expected is not None:
             _compare(outputs(model, probe), expected)
@@ -107,6 +110,7 @@ def _plan(model: nn.Module, cut: Cut) -> tuple[Family, Sequence[Site], Sequence[
     check(cut, sites)
     sublayers = sublayers_of(sites)
     refuse(model, cut, family, sites, sublayers)
+    refuse_factors(model, cut.ranks)
     return family, sites, sublayers
 
 

@@ -130,8 +130,10 @@ class RunFolder:
             raise InputError(f"{path} must be a safetensors file, but is damaged: {error}; "
                              "delete it and run again with --resume") from error
 
-    def drop(self, name: str) -> None:
-        (self.path / name).unlink(missing_ok=True)
+    def drop(self, pattern: str) -> None:
+        """Delete files by name, in which * stands for anything."""
+        for file in self.path.glob(pattern):
+            file.unlink(missing_ok=True)
 
     def log(self, **line: Any) -> None:
         """Append a line to log.jsonl."""

@@ -9,78 +9,39 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from searchpet.apply import Trained, apply, grafts, has_masks, name_labels, save_delta
-from searchpet.backbone import DEFAULT, Backbone, load_backbone
-from searchpet.batch import Batches, Encoded, encode
-from searchpet.calibrate import probe, rates
-from searchpet.errors import InputError, unknown
+from searchpet.apply import (
+    Trained,
+    apply,
+    grafts,
+    has_masks,
+    name_labels,
+    save_delta,
+    write_tensors,
+)
+from searchpet.backbone import Backbone, load_backbone
+from searchpet.batch import Batch, Encoded, Encodings, encode
+from searchpet.calibrate import CROWD, probe, rates, together
+from searchpet.errors import InputError
 from searchpet.grafts import Grafts
 from searchpet.latency import Table
 from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
+from searchpet.settings import TAU, Settings, pick_device
 from searchpet.spec import Spec
-from searchpet.task import Task, load_task
+from searchpet.task import Split, Task, load_task
 from searchpet.train import Recipe, evaluate, fit, loss_of
 
-TAU = 0.1  # relative output change per step; on TREC-6 at 0.01 % 0.03 and 0.3 did worse, one seed
 HEAD_LR = 5e-3  # of the freshly initialised output layer, whatever the method
 FULL_LR = 1e-3  # x tau = 1e-4 for full fine-tuning, the usual rate for a small encoder
 SWEEP = (1 / 3, 1.0, 3.0)  # factors on tau that `--sweep` tries
 PROBE_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked for, validated; the same values on --resume."""
-
-    model: str = DEFAULT
-    task: str = "agreement"
-    data: str | None = None
-    seed: int = 0
-    steps: int = 300
-    batch_size: int = 32
-    accumulate: int = 1
-    max_length: int = 64
-    tau: float = TAU
-    lr: float | None = None
-    precision: str = "fp32"
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "accumulate"):
-            if getattr(self, name) < 1:
-                raise InputError(f"--{name.replace('_', '-')} must be >= 1, but got "
-                                 f"{getattr(self, name)}")
-        if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed must be in [0, 2^63), but got {self.seed}")
-        for name in ("tau", "lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise InputError(f"--{name} must be a finite number > 0, but got {value}")
-        if self.precision not in ("fp32", "bf16"):
-            raise unknown("--precision", self.precision, ("fp32", "bf16"))
-
-
-def pick_device(name: str) -> torch.device:
-    """`auto` is cuda, else mps, else cpu.  Raises InputError for a device that is not there."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device must be auto, cpu, or a cuda or mps device that is there, but "
-                         f"got {name!r}") from error
-    return device
 
 
 @dataclass(frozen=True)
@@ -112,27 +73,40 @@ class Session:
         self.settings, self.listener = settings, listener
         self.job = ""  # what the listener is told of whose stage runs
         self.device = pick_device(settings.device)
-        self.task: Task = load_task(
-            settings.task, data=Path(settings.data) if settings.data else None)
+        self.task: Task = self._task()
         backbone = self._load(settings.seed)
         self.identity, self.head = backbone.identity, backbone.head
         self.tokenizer = backbone.tokenizer
         self.head_size = sum(
             p.numel() for n, p in backbone.model.named_parameters() if n in self.head)
-        self.splits: dict[str, Encoded] = {
-            name: encode(split, self.tokenizer, settings.max_length)
-            for name, split in self.task.splits.items()
-        }
+        self.splits: Mapping[str, Encodings] = self._encoded()
         self.teaching: Callable[[nn.Module, dict[str, Tensor]], Objective] | None = None
         self.table: Table | None = None
         self._backbone: Backbone | None = backbone
         self._seed = settings.seed
 
+    def _task(self) -> Task:
+        return self.read(self.settings.task)
+
+    def read(self, name: str) -> Task:
+        """A task by name, from where the settings say."""
+        return load_task(name, data=Path(self.settings.data) if self.settings.data else None)
+
+    def _encoded(self) -> Mapping[str, Encodings]:
+        return {name: self.encode(split) for name, split in self.task.splits.items()}
+
+    def encode(self, split: Split) -> Encoded:
+        return encode(split, self.tokenizer, self.settings.max_length)
+
     def _load(self, seed: int) -> Backbone:
-        backbone = load_backbone(self.settings.model, outputs=self.task.outputs,
-                                 regression=self.task.type == "regression", seed=seed)
+        return self.backbone(self.task, seed)
+
+    def backbone(self, task: Task, seed: int) -> Backbone:
+        """The backbone with a head for a task, on the session's device."""
+        backbone = load_backbone(self.settings.model, outputs=task.outputs,
+                                 regression=task.type == "regression", seed=seed)
         model: nn.Module = backbone.model
-        name_labels(model, self.task.labels)
+        name_labels(model, task.labels)
         model.to(self.device)
         return backbone
 
@@ -152,9 +126,13 @@ class Session:
             self._backbone, self._seed = self._load(seed), seed
         model: nn.Module = self._backbone.model
         start = {n: p.detach().clone() for n, p in model.named_parameters() if n in self.head}
+        owners: list[Any] = [m for m in model.modules() if hasattr(m, "set_attn_implementation")]
+        attention = [(m.config, m.config._attn_implementation) for m in owners]
         try:
             yield model
         finally:
+            for config, name in attention:  # a user may have asked for plain attention
+                config._attn_implementation = name
             if spoil:
                 self._backbone = None
             else:
@@ -172,8 +150,13 @@ class Session:
             if name in start:
                 parameter.copy_(start[name])
 
-    def batches(self, encoded: Encoded, seed: int) -> Batches:
-        return Batches(encoded, self.settings.batch_size, seed)
+    def batches(self, encoded: Encodings, seed: int) -> Any:
+        """batches[step] is a batch."""
+        return encoded.batches(self.settings.batch_size, seed)
+
+    def loss(self, model: nn.Module, precision: str | None = None) -> Callable[[Batch], Tensor]:
+        """batch -> loss."""
+        return loss_of(model, precision or self.settings.precision)
 
     def loop(self, folder: RunFolder | None, stage: str, steps: int, seed: int,
              **state: Any) -> StageLoop:
@@ -181,13 +164,28 @@ class Session:
         return StageLoop(folder, stage, steps, seed, torch.Generator(),
                          lambda event: self.listener(replace(event, job=job)), state)
 
-    def probe(self, model: nn.Module, grafts: Grafts, encoded: Encoded, seed: int,
+    def probe(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
               ) -> dict[str, float]:
         """Relative output change per unit of learning rate, by kind, on one small batch."""
-        batch = Batches(encoded, PROBE_ROWS, seed)[0]
+        batch = encoded.batches(PROBE_ROWS, seed)[0]
         model.eval()
-        loss = loss_of(model, "fp32")
+        loss = self.loss(model, "fp32")
         return probe(grafts, lambda: loss(batch))
+
+    def room(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
+             rates: dict[str, float], tau: float) -> float:
+        """A factor <= 1 on the rates, at which all deltas together move what enters the head by
+        no more than CROWD tau in a step, gates as they are; 1 where rates are given by hand.
+        """
+        if self.settings.lr is not None:
+            return 1.0
+        batch = encoded.batches(PROBE_ROWS, seed)[0]
+        model.eval()
+        loss = self.loss(model, "fp32")
+        owners = {name.rpartition(".")[0]: None for name in sorted(self.head)}
+        change = together(grafts, lambda: loss(batch),
+                          [model.get_submodule(name) for name in owners if name], rates)
+        return min(1.0, CROWD * tau / change) if change > 0 else 1.0
 
     def rates(self, probes: dict[str, float], tau: float) -> dict[str, float]:
         """Learning rate of each kind and of the head."""
@@ -198,9 +196,12 @@ class Session:
 
     def fit(self, method: Spec | str, folder: RunFolder | None, seed: int, *,
             tau: float | None = None, stage: str = "train", test: bool = False,
-            after: Callable[[nn.Module], None] | None = None) -> Outcome:
+            after: Callable[[nn.Module], None] | None = None,
+            start: Mapping[str, Tensor] | None = None) -> Outcome:
         """Train a spec, or `full` or `head`, and keep the best validation checkpoint.
 
+        start: values of a spec's deltas and of the head to begin with, named as in
+        delta.safetensors; fresh ones by default.
         Writes delta.safetensors of a spec to `folder`; `after` is given the trained model.
         Test data is touched here alone, once, after the checkpoint is chosen, and only if `test`
         is set.
@@ -213,15 +214,17 @@ class Session:
             count = sum(p.numel() for group in groups for p in group["params"])
             if isinstance(method, Spec):  # of sparse deltas what is not 0 for good
                 count = self.head_size + sum(g.parameters for g in grafts(model).grafts)
+            if start is not None:
+                write_tensors(model, self.head, start, "what is inherited")
             batches = self.batches(self.splits["train"], seed)
-            loss = loss_of(model, self.settings.precision)
+            loss = self.loss(model)
             if self.teaching is not None and isinstance(method, Spec):
                 objective = self.teaching(model, batches[0])
                 loss = objective.loss
                 groups += maps_of(objective)
             result = fit(
-                model, groups, batches, self.splits["validation"], self.task.metrics,
-                self.recipe(), loss,
+                model, groups, batches, self.recipe(), loss,
+                lambda: self.evaluate(model, "validation"),
                 lambda steps, **state: self.loop(folder, stage, steps, seed, **state))
             if after is not None:
                 after(model)
@@ -254,12 +257,14 @@ class Session:
         if isinstance(method, Spec):
             apply(model, method, head=self.head, seed=seed, remove=None)
             own = grafts(model)
-            found = self.rates(self.probe(model, own, self.splits["train"], seed), tau)
+            data = self.splits["train"]
+            found = self.rates(self.probe(model, own, data, seed), tau)
+            room = self.room(model, own, data, seed, found, tau)
             kinds: dict[str, list[Any]] = {}
             for graft in own.grafts:
                 if graft.delta.neutral == 0:
                     kinds.setdefault(graft.kind, []).extend(graft.delta.parameters())
-            groups = [{"params": p, "kind": k, "lr": found[k]} for k, p in kinds.items()]
+            groups = [{"params": p, "kind": k, "lr": room * found[k]} for k, p in kinds.items()]
             return [*groups, {"params": head, "kind": "head", "lr": HEAD_LR}]
         for p in rest:
             p.requires_grad_(method == "full")
@@ -283,17 +288,18 @@ class Session:
             labelled = ", ".join(n for n, e in self.splits.items() if e.labels is not None)
             raise InputError(f"a {split} score needs a labelled {split} split, but task "
                              f"{self.task.name} has {labelled}")
+        return self.measure(model, encoded)
+
+    def measure(self, model: nn.Module, encoded: Any) -> dict[str, float]:
+        """Metrics on encoded rows with labels, the score first."""
         s = self.settings
         return evaluate(model, encoded, self.task.metrics, 4 * s.batch_size, s.precision)
 
     def trained(self, spec: Spec) -> Trained:
         """What delta.safetensors says of itself."""
-        t = self.task
+        return self.about(spec, self.task)
+
+    def about(self, spec: Spec, t: Task) -> Trained:
+        """What a task's part in delta.safetensors is for."""
         return Trained(spec_hash=spec.hash, task=t.name, type=t.type, fields=t.fields,
                        labels=t.labels, metrics=t.metrics, max_length=self.settings.max_length)
-
-
-def asked(settings: Settings, **more: Any) -> dict[str, Any]:
-    """The settings as plain values for settings.json; `data` only if the task lies in it."""
-    inside = settings.data and (Path(settings.data) / settings.task).is_dir()
-    return {**asdict(settings), "data": settings.data if inside else None, **more}

@@ -63,7 +63,7 @@ class Space:
                 delta = make(rule.kind, site, rule.options)
             place = Placement(site, rule.kind, rule.options, rule.grain, delta.width,
                               len(labels), delta.atoms, delta.neutral, delta.run)
-            if delta.stage == "weight":
+            if delta.stage == "weight" and not delta.atoms:
                 bulk.append(place)
                 continue
             placements.append(place)

@@ -2,7 +2,8 @@
 
 SparseAdapter, He et al. 2022, arXiv:2210.04284: weights of adapters are scored at init, the lowest
 are set to 0 and never move.  With the same budget a larger module can be taken (the paper's
-Large-Sparse): the space says how large, the budget how many of its weights stay.
+Large-Sparse): the space says how large, the budget how many of its weights stay.  A strategy may
+also choose masks by itself, of some deltas alone; the others stay whole.
 
 A mask covers a delta's parameters one after another, in their order, each row by row; it lies
 beside the spec, and delta.safetensors holds the kept numbers alone.
@@ -29,13 +30,13 @@ Batch = dict[str, Tensor]
 
 
 class Sparse:
-    """The masks of a supernet's own parameters; `settle` chooses them."""
+    """The masks of a supernet's own parameters; `settle` chooses them, `take` is given them."""
 
     def __init__(self, net: Supernet, limit: int, loss: Callable[[Batch], Tensor],
                  warm: Callable[[], None], generator: torch.Generator) -> None:
         self.net, self.limit, self.loss = net, limit, loss
         self.warm, self.generator = warm, generator
-        self.keeps: dict[str, Tensor] = {}  # key of a graft -> bool, over its parameters
+        self.keeps: dict[str, Tensor] = {}  # key of a graft -> bool, over what is left of it
         self.warmed = False
 
     def settle(self, score: str, allocation: str, batches: Sequence[Batch]) -> None:
@@ -69,10 +70,23 @@ class Sparse:
                                   for name, _ in graft.delta.named_parameters()])
             for graft in self.net.grafts.grafts}
 
+    def take(self, keeps: Mapping[str, Tensor]) -> None:
+        """Masks that are chosen already: bool (parameters that pruning leaves,) by key."""
+        self.keeps |= {key: keep.cpu() for key, keep in keeps.items()}
+
+    @property
+    def thinned(self) -> Tensor:
+        """Units of the deltas that have a mask, bool (units,)."""
+        masked = [graft.key in self.keeps for graft in self.net.grafts.grafts]
+        return torch.tensor(masked)[self.net.space.owner]
+
     def entries(self, entries: Sequence[Entry]) -> tuple[Entry, ...]:
         """The entries with their masks; those of which nothing stays are left out."""
         found = []
         for entry in entries:
+            if entry.key not in self.keeps:
+                found.append(entry)
+                continue
             digest, count = fingerprint(self.keeps[entry.key])
             if count:
                 mask = MaskRef(shape=tuple(self.keeps[entry.key].shape), sha256=digest,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from searchpet.batch import Batches, Encoded, passes
+from searchpet.batch import Encoded, passes
 from searchpet.metrics import measure
 from searchpet.run import StageLoop
 
@@ -103,14 +103,14 @@ def schedule(step: int, steps: int, warmup: float) -> float:
     return (steps - step) / max(1, steps - rise)
 
 
-def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Batches, valid: Encoded,
-        metrics: Sequence[str], recipe: Recipe, loss_at: Callable[[Batch], Tensor],
+def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Recipe,
+        loss_at: Callable[[Batch], Tensor], judge: Callable[[], dict[str, float]],
         loop: Callable[..., StageLoop]) -> Fit:
     """Train the parameters of `groups`; leave the best checkpoint by validation in them.
 
-    groups: `{params, kind, lr}`; loss_at(batch) is what is minimised, `loss_of(model)` as a rule;
-    loop(stage state...) -> StageLoop.  Raises InputError when the
-    loss stops being finite.
+    groups: `{params, kind, lr}`; batches[i] is a batch; loss_at(batch) is what is minimised,
+    `loss_of(model)` as a rule; judge() gives the metrics on validation data, the score first;
+    loop(stage state...) -> StageLoop.  Raises InputError when the loss stops being finite.
     """
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     base = [group["lr"] for group in optimizer.param_groups]
@@ -132,22 +132,26 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Batches, valid:
         optimizer.step()
         last = step + 1 == recipe.steps
         if last or (step + 1) % steps_between == 0:
-            found = evaluate(model, valid, metrics, 4 * recipe.batch_size, recipe.precision)
-            if _note(record, step + 1, found, metrics[0]):
+            if _note(record, step + 1, judge()):
                 torch._foreach_copy_(best, [p.detach() for p in trained])
             if step + 1 - record["step"] >= recipe.patience * steps_between:
                 stage.stop()
-        score = {"score": record["metrics"][metrics[0]]} if record["metrics"] else {}
-        stage.report(loss=total, **score)
+        best_score = {"score": _first(record["metrics"])} if record["metrics"] else {}
+        stage.report(loss=total, **best_score)
     with torch.no_grad():
         torch._foreach_copy_(trained, best)
     return Fit(record["metrics"], record["step"], [tuple(pair) for pair in record["history"]])
 
 
-def _note(record: dict[str, Any], step: int, found: dict[str, float], first: str) -> bool:
-    """Append an evaluation; whether it is the best so far by the metric `first`."""
-    record["history"].append([step, found[first]])
-    if record["metrics"] is None or found[first] > record["metrics"][first]:
+def _note(record: dict[str, Any], step: int, found: dict[str, float]) -> bool:
+    """Append an evaluation; whether its score is the best so far."""
+    record["history"].append([step, _first(found)])
+    if record["metrics"] is None or _first(found) > _first(record["metrics"]):
         record.update(metrics=found, step=step)
         return True
     return False
+
+
+def _first(metrics: dict[str, float]) -> float:
+    """The score."""
+    return next(iter(metrics.values()))

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from searchpet.apply import grafts, has_masks, read_delta, restore
+from searchpet import catalog
+from searchpet.apply import grafts, has_masks, part_of, read_delta, restore
 from searchpet.discover import discover
 from searchpet.flops import flops
 from searchpet.probe import outputs, positions, random_inputs, rows
@@ -38,11 +40,14 @@ def verify(run: str | Path, model: str | None = None) -> list[Check]:
     """
     folder = RunFolder(run)
     spec = Spec.load(folder.path)
-    tensors, trained = read_delta(folder)
-    masked = restore(run, model, remove=False)
-    head = sum(t.numel() for name, t in tensors.items() if name.startswith("head/"))
+    tensors, whole_run = read_delta(folder)
+    heads = _head(tensors)
+    first = whole_run.parts[0].task if whole_run.parts else None  # what is checked is shared
+    tensors, trained = part_of(tensors, whole_run, first)
+    masked = restore(run, model, remove=False, task=first)
+    head = _head(tensors)
     stored = sum(t.numel() for t in tensors.values()) - head
-    counted = stored + (head if spec.budget.counts == "deltas and head" else 0)
+    counted = stored + (heads if spec.budget.counts == "deltas and head" else 0)
     deltas = sum(p.numel() for p in grafts(masked).parameters())
     whole = sum(p.numel() for p in masked.parameters()) - head - deltas
     checks = [
@@ -55,11 +60,17 @@ def verify(run: str | Path, model: str | None = None) -> list[Check]:
     if folder.has("result.json"):
         result = folder.read_json("result.json")
         checks.append(_same("trainable parameters of result.json", result["trainable"], stored))
-    if spec.keep is not None and any(entry.mask for entry in spec.entries):
+    weighed = any(e.mask and catalog.get("deltas", e.kind).neutral == 1 for e in spec.entries)
+    if spec.keep is not None and weighed:
         checks.append(_same("weights that are left", round(spec.keep.used), _nonzero(masked)))
     elif spec.keep is not None:
-        checks += _pruned(spec.keep, masked, restore(run, model))
+        checks += _pruned(spec.keep, masked, restore(run, model, task=first))
     return checks
+
+
+def _head(tensors: Mapping[str, Tensor]) -> int:
+    """Parameters of the task heads."""
+    return sum(t.numel() for name, t in tensors.items() if name.startswith("head/"))
 
 
 def _pruned(keep: KeepUse, masked: nn.Module, removed: nn.Module) -> list[Check]:

@@ -22,7 +22,6 @@ from searchpet.allocate import (
     keep_masks,
     kept,
     linear,
-    loss_delta,
     n_m,
     one_shot,
     rounds,
@@ -300,44 +299,3 @@ def test_rounds_fall_and_never_remove_more_than_asked(ratio: float, each: float)
     for before, after in itertools.pairwise(path):
         assert before * (1 - each) * (1 - 1e-6) <= after <= before
     assert path[1:] == sorted(set(path[1:]), reverse=True)
-
-
-# --- greedy by the loss ---
-
-
-def planted(keep: Tensor) -> float:
-    """Units 0 and 1 do harm, 2 and 3 do good, 4 and 5 nothing."""
-    worth = torch.tensor([0.5, 0.25, -1.0, -2.0, 0.0, 0.0])
-    return 10.0 + float(worth[keep].sum())
-
-
-def test_greedy_removes_coarse_groups_first_and_never_lets_the_loss_rise() -> None:
-    found = loss_delta(planted, 6, [[0, 1], [2, 4], [3, 5], [0], [1], [2], [3], [4], [5]])
-    assert found.keep.tolist() == [False, False, True, True, False, False]
-    assert [s.group for s in found.steps] == [0, 7, 8]
-    assert found.tried == 8  # the whole, three groups, and 2, 3, 4, 5: 0 and 1 were gone
-    losses = [found.steps[0].before, *(s.after for s in found.steps)]
-    assert losses == sorted(losses, reverse=True) == [7.75, 7.0, 7.0, 7.0]
-    assert [s.before for s in found.steps] == losses[:-1]
-
-
-def test_tolerance_is_from_the_best_loss_and_does_not_add_up() -> None:
-    each = [[i] for i in range(10)]
-    found = loss_delta(lambda keep: 10.0 - float(keep.sum()), 10, each, tolerance=2.0)
-    assert int((~found.keep).sum()) == 2 and found.tried == 11
-    assert found.keep.tolist() == [False] * 2 + [True] * 8
-
-
-def test_the_loss_cannot_change_the_choice_and_groups_must_exist() -> None:
-    def spoil(keep: Tensor) -> float:
-        value = planted(keep)
-        keep[:] = False
-        return value
-
-    assert torch.equal(loss_delta(spoil, 6, [[0], [2]]).keep,
-                       loss_delta(planted, 6, [[0], [2]]).keep)
-    for group in ([6], [-1]):
-        with pytest.raises(InputError, match="units 0 to 5, but group 1"):
-            loss_delta(planted, 6, [[0], group])
-    assert loss_delta(planted, 6, [[]]).tried == 1
-    assert not loss_delta(lambda keep: math.nan, 6, [[0]]).steps

@@ -6,18 +6,22 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 import searchpet
-from searchpet import cli
+from searchpet import catalog, cli
+from searchpet.bulk import Bulk
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.masks import legal_n_m
 from searchpet.spec import Spec
 from tests.commands import write_task
+from tests.laws import families as tiny
+from tests.laws.problems import Draws, problem
 
 JOB = ["search", "--model", "tiny", "--task", "films", "--budget", "2%", "--strategy",
        "prune_first", "--steps", "6", "--batch-size", "8", "--max-length", "16", "--tau", "0.5",
@@ -158,3 +162,48 @@ def test_what_cannot_be_asked_is_one_line(
     assert cli.main([*JOB, *words, "--out", "wrong"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+def test_scores_in_a_later_round_are_those_of_the_pruned_model() -> None:
+    """Wanda under the masks of a first call: as on a model whose weights are really zero there."""
+    def bulk_on(model: torch.nn.Module) -> Bulk:
+        space = tiny.space(model, tiny.rule("weights", "atom", role=["attention.*", "ffn.*"]))
+        return Bulk(space, model, 0.4, "40%", lambda b: model(**b).loss, torch.Generator())
+
+    model, other = tiny.model("bert"), tiny.model("bert")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    batches = [Draws(0)[i] for i in range(3)]
+    bulk = bulk_on(model)
+    first = {key: gate.clone() for key, gate in bulk.settle(
+        "wanda", "global", batches, ease=0.5).gates.items()}
+    bulk.settle("wanda", "global", batches)
+    with torch.no_grad():
+        for key, gate in first.items():
+            other.get_submodule(key.split(":")[0]).weight.mul_(gate)
+    apart = bulk_on(other).settle("wanda", "global", batches)
+    assert all(torch.equal(gate, apart.gates[key]) for key, gate in bulk.gates.items())
+    assert all(bool((bulk.gates[key] <= gate).all()) for key, gate in first.items())
+    fresh = bulk_on(tiny.model("bert")).settle("wanda", "global", batches)
+    assert any(not torch.equal(gate, fresh.gates[key]) for key, gate in bulk.gates.items())
+    bulk.remove()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_prune_first_in_rounds_meets_the_limit(rounds: int) -> None:
+    model = tiny.model("bert")
+    space = tiny.space(model, tiny.rule("bias", "channel"), tiny.rule("weights", "atom"))
+    given = problem(model, space, 40, steps=2)
+    bulk = Bulk(space, model, 0.4, "40%", given.loss, given.generator)
+    eases = []
+
+    def settle(*args: Any, ease: float) -> Any:
+        eases.append(ease)
+        return bulk.settle(*args, ease=ease)
+
+    given.settle_weights = settle
+    catalog.get("strategies", "prune_first")(given, score="snip", rounds=rounds, pet="random")
+    assert bulk.use().used == bulk.limit
+    assert eases == pytest.approx([(1 - (i + 1) / rounds) ** 3 for i in range(rounds)])
+    with pytest.raises(InputError, match=r"prune_first.rounds must be at least 1"):
+        catalog.get("strategies", "prune_first")(given, rounds=0)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from searchpet.calibrate import probe, rates
+from searchpet.calibrate import CROWD, probe, rates, together
+from searchpet.propose import Ask
+from searchpet.session import Session
+from searchpet.settings import Settings
 from searchpet.supernet import Supernet
 from tests.laws import families as tiny
 from tests.laws.problems import Draws
@@ -92,3 +96,69 @@ def test_kinds_differ_at_one_rate_and_agree_at_their_own() -> None:
 def test_fixed_rates_override_and_add() -> None:
     assert rates({"lora": 2.0, "bias": 4.0}, 0.1, {"bias": 7.0, "head": 1.0}) == {
         "lora": 0.05, "bias": 7.0, "head": 1.0}
+
+
+# --- all together ---
+
+
+def entering(net: Supernet) -> Tensor:
+    """What enters the head."""
+    seen: list[Tensor] = []
+    hook = net.model.classifier.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        loss_of(net)
+    hook.remove()
+    return seen[0]
+
+
+def test_the_joint_change_is_that_of_a_step_of_every_delta() -> None:
+    net, lr = net_of("lora"), {"lora": 1e-3}
+    before = entering(net)
+    found = together(net.grafts, lambda: loss_of(net), [net.model.classifier], lr)
+    assert torch.equal(entering(net), before)  # nothing is left behind
+    assert not tiny.hooks(net.model.classifier)
+    parameters = list(net.grafts.deltas.parameters())
+    slopes = torch.autograd.grad(loss_of(net), parameters)
+    with torch.no_grad():
+        for p, g in zip(parameters, slopes, strict=True):
+            p.sub_(1e-3 * g.sign())
+    change = float((entering(net) - before).norm() / before.norm())
+    assert found == pytest.approx(change, rel=0.05) and change > 0
+    assert all(p.grad is None for p in parameters)
+
+
+def test_the_joint_change_grows_with_rates_and_gates() -> None:
+    net = net_of("bias")
+    head = [net.model.classifier]
+    once, twice = (together(net.grafts, lambda: loss_of(net), head, {"bias": lr})
+                   for lr in (1e-4, 2e-4))
+    assert twice == pytest.approx(2 * once, rel=0.05)
+    net.z = torch.full((len(net.space),), 0.25)
+    assert together(net.grafts, lambda: loss_of(net), head, {"bias": 1e-4}) < 0.5 * once
+
+
+def test_without_a_head_that_is_called_there_is_no_joint_change() -> None:
+    net = net_of("bias")
+    assert together(net.grafts, lambda: loss_of(net), [], {"bias": 1.0}) == 0.0
+    assert together(net.grafts, lambda: loss_of(net), [torch.nn.Linear(2, 2)], {"bias": 1.0}) == 0
+
+
+def test_a_crowded_structure_is_slowed_to_what_a_step_may_change(tiny_folder: Path) -> None:
+    session = Session(Settings(model=str(tiny_folder)))
+    with session.fresh(0) as model:
+        net = Supernet(model, Ask(space="wide").units(model), session.head, 0)
+        own = (model, net.grafts, session.splits["train"], 0)
+        found = session.rates(session.probe(*own), tau=0.1)
+        factor = session.room(*own, found, 0.1)
+        slowed = {kind: factor * rate for kind, rate in found.items()}
+        batch = session.splits["train"].batches(8, 0)[0]
+        change = together(net.grafts, lambda: model(**batch).loss, [model.classifier], slowed)
+        assert factor < 1 and change == pytest.approx(CROWD * 0.1, rel=1e-3)
+        net.z = torch.full((len(net.space),), 1e-3)
+        assert session.room(*own, found, 0.1) == 1.0  # hardly anything moves
+        net.remove()
+    by_hand = Session(Settings(model=str(tiny_folder), lr=1e-3))
+    with by_hand.fresh(0) as model:
+        net = Supernet(model, Ask(space="wide").units(model), by_hand.head, 0)
+        assert by_hand.room(model, net.grafts, by_hand.splits["train"], 0, {}, 0.1) == 1.0
+        net.remove()

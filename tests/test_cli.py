@@ -20,7 +20,7 @@ import torch
 
 from searchpet import cli, engine, failures
 from searchpet.propose import STRATEGY
-from searchpet.session import Settings
+from searchpet.settings import Settings
 from searchpet.spec import Spec
 from tests.commands import ROOT, cut_off, write_task
 
@@ -109,7 +109,7 @@ def test_defaults_are_those_of_python(verb: str) -> None:
         if not (verb == "train" and field.name in ("model", "task")):  # those of the spec
             assert given[field.name] == field.default
     own = inspect.signature(getattr(engine, verb)).parameters
-    for name in given.keys() & own.keys() - {"spec", "full", "set"}:
+    for name in given.keys() & own.keys() - {"spec", "full", "set", "recovery"}:
         assert given[name] == own[name].default
     assert verb == "train" or given["strategy"] == STRATEGY
 
@@ -153,6 +153,15 @@ def test_a_folder_is_not_overwritten(done: Path, say: Any) -> None:
     wrong(say("search", *JOB, "--out", "new.csv"), "--out must be a folder")
     wrong(say("search", *JOB, "--budget", "x", "--out", "typo"), "budget must be")
     assert say("search", *JOB, "--steps", "1", "--controls", "0", "--out", "typo").code == 0
+
+
+@pytest.mark.parametrize("more", [
+    ["--strategy", "sparse_adapter", "--space", "adapters", "--budget", "300"],
+    ["--strategy", "prune_first", "--keep-weights", "50%", "--masks", "prune/weights"],
+])
+def test_dry_run_knows_structures_with_masks(home: Path, say: Any, more: list[str]) -> None:
+    said = say("search", *JOB, "--dry-run", *more)
+    assert said.code == 0 and "Traceback" not in said.err
 
 
 def test_dry_run_writes_nothing(home: Path, say: Any) -> None:

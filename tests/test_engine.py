@@ -228,7 +228,7 @@ def test_a_loaded_model_is_the_trained_one_to_the_bit(
     monkeypatch.setattr(Session, "trained", logits)
     result = searchpet.search(**common, budget=str(BUDGET), controls=0, out=tmp_path / "run")
     with torch.no_grad():
-        assert torch.equal(searchpet.load(result.path)(**batch).logits, trained[0])
+        assert torch.equal(searchpet.load(result.path)(**batch).logits, trained[-1])
 
 
 def test_predictions_are_the_likeliest(found: engine.Result, task: Path, tmp_path: Path) -> None:

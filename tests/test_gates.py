@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 
-from searchpet.gates import concrete, decided, entropy
+from searchpet.gates import concrete, decided, entropy, hard_concrete, location, opening
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -85,3 +87,50 @@ def test_entropy_is_in_bits_between_decided_and_undecided() -> None:
     middle = float(entropy(torch.tensor([0.0, 0.5])))
     assert middle == pytest.approx(0.5)
     assert not entropy(torch.tensor([0.5], requires_grad=True)).requires_grad
+
+
+def test_hard_concrete_gates_are_the_formula_at_given_noise() -> None:
+    s = torch.tensor([-3.0, -0.4, 0.0, 1.3, 6.0], dtype=torch.float64)
+    u = torch.rand(5, generator=seeded(4), dtype=torch.float64)
+    for value, noise, gate in zip(s.tolist(), u.tolist(), hard_concrete(s, seeded(4)),
+                                  strict=True):
+        inside = (math.log(noise) - math.log(1 - noise) + value) / (2 / 3)
+        stretched = 1 / (1 + math.exp(-inside)) * 1.2 - 0.1
+        assert float(gate) == pytest.approx(min(1.0, max(0.0, stretched)), abs=1e-6)
+
+
+def test_half_noise_gives_the_hand_value_and_the_ends_are_exact() -> None:
+    """At u = 1/2 and s = 0 the stretched sigmoid is 1/2; far out gates are 0 and 1, not nearly."""
+    assert float(opening(torch.zeros(()))) == pytest.approx(
+        1 / (1 + math.exp(2 / 3 * math.log(0.1 / 1.1))), abs=1e-7)  # 0.8318
+    gates = hard_concrete(torch.tensor([-9.0, 9.0]).repeat(100), seeded())
+    assert float(gates[0::2].max()) == 0.0 and float(gates[1::2].min()) == 1.0
+    assert gates.dtype == torch.float32
+
+
+@pytest.mark.parametrize("s", [-4.0, -1.6, 0.0, 2.0])
+def test_the_expected_number_of_open_gates_is_what_is_simulated(s: float) -> None:
+    n = 40_000
+    logits = torch.full((n,), s, dtype=torch.float64)
+    p = float(opening(logits[0]))
+    open_ones = float((hard_concrete(logits, seeded()) > 0).double().mean())
+    assert open_ones == pytest.approx(p, abs=4 * (p * (1 - p) / n) ** 0.5)
+
+
+def test_location_is_the_inverse_of_opening() -> None:
+    p = torch.linspace(0.001, 0.999, 25, dtype=torch.float64)
+    torch.testing.assert_close(opening(location(p)), p)
+    sure = location(torch.tensor([0.0, 1.0], dtype=torch.float64, requires_grad=True))
+    assert bool(sure.isfinite().all()) and sure[0] < -25 < 25 < sure[1]
+    assert hard_concrete(sure, seeded()).tolist() == [0.0, 1.0]
+
+
+def test_the_gradient_of_a_hard_gate_is_that_of_its_slope_and_zero_where_it_is_clamped() -> None:
+    s = torch.linspace(-3, 3, 13, dtype=torch.float64)
+    leaf = s.clone().requires_grad_()
+    gates = hard_concrete(leaf, seeded(1))
+    (gradient,) = torch.autograd.grad(gates.sum(), leaf)
+    slopes = (hard_concrete(s + 1e-3, seeded(1)) - hard_concrete(s - 1e-3, seeded(1))) / 2e-3
+    torch.testing.assert_close(gradient.float(), slopes, atol=2e-2, rtol=2e-2)
+    clamped = (gates == 0) | (gates == 1)
+    assert 0 < int(clamped.sum()) < 13 and not gradient[clamped].any()

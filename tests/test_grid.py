@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from searchpet.cli import main
 from searchpet.errors import InputError
@@ -116,6 +117,8 @@ masks = ""
 name = "taught"
 strategy = "apt"
 distill = true
+recovery = { logits = 0.9, hidden = 1, supervised = 0.1, temperature = 3 }
+inherit = true
 [[methods]]
 name = "layers"
 strategy = "prune_first"
@@ -138,7 +141,68 @@ space = "lora_ranks"
         assert spec.provenance["space"] == "lora_ranks"
     assert "| keep | method |" in table and "| 0.6 | taught |" in table
     assert (home / "pruned/work/films/teacher/teacher.safetensors").is_file()
+    changed = home / "prune2.toml"
+    for before, now in (("temperature = 3", "temperature = 4"), ("inherit = true", "")):
+        changed.write_text(text.replace(before, now))
+        with pytest.raises(InputError, match="method taught was .*inherit.* and is "):
+            run_grid(changed, data=str(home), out=home / "pruned", say=said.append)
     assert "16/16" in said[-1] and said[-1].startswith("[16")
+
+
+def test_a_grid_inherits_and_contrasts(
+    home: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each structure's trainings begin with what its own search has left."""
+    text = GRID.format(model=tiny_folder).replace('["1%", 40]', '["2%"]').replace(
+        "taus = [0.1, 1]", "taus = [0.5]")
+    text = text[: text.index("methods =")] + '''
+[[methods]]
+name = "fresh"
+strategy = "bilevel"
+[[methods]]
+name = "inherited"
+strategy = "bilevel"
+structures = 2
+inherit = true
+recovery = { ce = 1, unsupervised = 0.3 }
+'''
+    (home / "inherit.toml").write_text(text)
+    fit, seen = Session.fit, list[Any]()
+
+    def noted(self: Session, *args: Any, **options: Any) -> Any:
+        seen.append((options["start"], self.teaching))
+        return fit(self, *args, **options)
+
+    monkeypatch.setattr(Session, "fit", noted)
+    run_grid(home / "inherit.toml", data=str(home), out=home / "inherit", say=lambda line: None)
+    work = home / "inherit/work/films/2pc"
+    left = [load_file(work / f"inherited/structure-{i}/inherit.safetensors") for i in (0, 1)]
+    assert [start for start, _ in seen[:2]] == [None, None]
+    for (start, _), own in zip(seen[2:], [left[0], left[0], left[1], left[1]], strict=True):
+        assert start.keys() == own.keys()
+        assert all(torch.equal(start[name], own[name]) for name in own)
+    assert [teaching is None for _, teaching in seen] == [True, True, *[False] * 4]
+    assert not (home / "inherit/work/films/teacher").exists()
+    specs = [Spec.load(work / f"{name}/structure-0") for name in ("fresh", "inherited")]
+    assert specs[0].hash == specs[1].hash
+
+
+def test_a_method_may_have_a_budget_of_its_own(home: Path, tiny_folder: Path) -> None:
+    text = GRID.format(model=tiny_folder).split("methods")[0] + (
+        'methods = [{ name = "random:unit" }, { name = "small", strategy = "random:unit", '
+        'budget = 20 }]\n')
+    folder = home / "own"
+    folder.mkdir()
+    (folder / "grid.toml").write_text(text)
+    said: list[str] = []
+    run_grid(folder / "grid.toml", data=str(home), say=said.append)
+    rows = lines(folder)
+    spent = {(row["method"], row["trainable"] <= 20) for row in rows}
+    assert ("small", True) in spent and ("small", False) not in spent
+    assert len([row for row in rows if row["method"] == "small"]) == 2  # one budget, two seeds
+    assert len([row for row in rows if row["method"] == "random:unit"]) == 4
+    done = len(rows) + len(lines(folder, "sweep.jsonl"))
+    assert any(line.startswith(f"[{done}/{done}") for line in said)  # the count was right
 
 
 def test_a_killed_grid_goes_on_to_the_same_lines(whole: Path, home: Path) -> None:
@@ -187,6 +251,9 @@ def test_a_grid_does_not_mix_settings(whole: Path, home: Path) -> None:
     ("methods", '["uniform:x"]', "uniform:NAME must be one of bias"),
     ("methods", '["head", "head"]', "must be distinct"),
     ("methods", '[{ name = "a", strategy = "bilevel", set = { x = 1 } }]', "alpha_lr"),
+    ("methods", '[{ name = "bilevel", distill = true, recovery = { logit = 1 } }]', "'logits'"),
+    ("methods", '[{ name = "bilevel", recovery = { hidden = 1 } }]', "must have a teacher"),
+    ("methods", '[{ name = "random:unit", inherit = true }]', "learns nothing"),
     ("methods", "[]", "at least 1 item"),
     ("budgets", '["2"]\nbudget = 3', "Extra inputs are not permitted"),
     ("budgets", '["x%"]', "budget must be a share"),

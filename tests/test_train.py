@@ -47,8 +47,10 @@ def model_without_dropout() -> nn.Module:
 
 def train(model: nn.Module, recipe: Recipe, batches: Any = None, lr: float = 1e-2) -> Fit:
     groups = [{"params": list(model.parameters()), "kind": "full", "lr": lr}]
-    return fit(model, groups, batches or Batches(encoded(64, 0), recipe.batch_size, 0),
-               encoded(32, 1), ["accuracy"], recipe, loss_of(model),
+    return fit(model, groups, batches or Batches(encoded(64, 0), recipe.batch_size, 0), recipe,
+               loss_of(model),
+               lambda: sys.modules[fit.__module__].evaluate(
+                   model, encoded(32, 1), ["accuracy"], 4 * recipe.batch_size),
                lambda steps, **state: StageLoop(None, "train", steps, 0, torch.Generator(),
                                                 state=state))
 
@@ -118,8 +120,8 @@ def test_training_learns_and_only_what_it_was_given() -> None:
     groups = [{"params": list(model.classifier.parameters()), "kind": "head", "lr": 1e-2}]
     batches, loss = Batches(encoded(64, 0), 16, 0), loss_of(model.eval())
     before = loss(batches[0]).item()
-    fit(model, groups, batches, encoded(32, 1), ["accuracy"], Recipe(steps=40, batch_size=16),
-        loss,
+    fit(model, groups, batches, Recipe(steps=40, batch_size=16), loss,
+        lambda: evaluate(model, encoded(32, 1), ["accuracy"], 64),
         lambda steps, **state: StageLoop(None, "train", steps, 0, torch.Generator(), state=state))
     assert loss_of(model.eval())(batches[0]).item() < before
     assert all(torch.equal(p, body[n]) for n, p in model.bert.named_parameters())

@@ -43,13 +43,13 @@ ROWS, LENGTH, LABELS = 32, 32, 6
 Step = Callable[[], None]
 
 
-def batch(seed: int) -> dict[str, torch.Tensor]:
-    """One batch of random tokens, (32, 32), no padding."""
+def batch(seed: int, rows: int = ROWS, length: int = LENGTH) -> dict[str, torch.Tensor]:
+    """One batch of random tokens, (rows, length), no padding."""
     g = torch.Generator().manual_seed(seed)
     return {
-        "input_ids": torch.randint(1000, 20000, (ROWS, LENGTH), generator=g),
-        "attention_mask": torch.ones(ROWS, LENGTH, dtype=torch.long),
-        "labels": torch.randint(0, LABELS, (ROWS,), generator=g),
+        "input_ids": torch.randint(1000, 20000, (rows, length), generator=g),
+        "attention_mask": torch.ones(rows, length, dtype=torch.long),
+        "labels": torch.randint(0, LABELS, (rows,), generator=g),
     }
 
 
@@ -103,19 +103,25 @@ def peft_lora() -> Step:
 def searching(strategy: str, space: str, steps: int, loop: Callable[..., Any]) -> Step:
     """A whole search of `steps` steps, without warm-up, as one call."""
     found = backbone()
-    model = found.model
-    units = build_space(space, discover(model))
-    net = Supernet(model, units, found.head, 0)
-    loss = loss_of(model)
-    model.eval()
-    speeds = rates(probe(net.grafts, lambda: loss(batch(2))), 0.1, {"head": 1e-3})
-    model.train()
-    problem = Problem(
-        net=net, space=units, limit=found.identity.parameters // 10_000,
-        train=_Endless(batch(0)), valid=_Endless(batch(1)), loss=loss, rates=speeds, steps=steps,
-        loop=loop, generator=torch.Generator().manual_seed(0))
+    net = Supernet(found.model, build_space(space, discover(found.model)), found.head, 0)
+    limit = found.identity.parameters // 10_000
     keywords = {"warmup": 0.0} if strategy == "bilevel" else {}
-    return partial(catalog.get("strategies", strategy), problem, **keywords)
+    return partial(catalog.get("strategies", strategy),
+                   problem_on(net, limit, steps, loop), **keywords)
+
+
+def problem_on(net: Supernet, limit: int, steps: int, loop: Callable[..., Any],
+               rows: int = ROWS, length: int = LENGTH) -> Problem:
+    """A search on batches of (rows, length) tokens, with calibrated rates."""
+    first, second, third = (batch(seed, rows, length) for seed in range(3))
+    loss = loss_of(net.model)
+    net.model.eval()
+    speeds = rates(probe(net.grafts, lambda: loss(third)), 0.1, {"head": 1e-3})
+    net.model.train()
+    return Problem(
+        net=net, space=net.space, limit=limit, train=_Endless(first), valid=_Endless(second),
+        loss=loss, rates=speeds, steps=steps, loop=loop,
+        generator=torch.Generator().manual_seed(0))
 
 
 def plain_loop(steps: int, **state: Any) -> StageLoop:

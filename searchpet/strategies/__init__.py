@@ -6,7 +6,7 @@ units with their costs, and the limit; it writes gates and steps parameter group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -21,6 +21,34 @@ from searchpet.supernet import Supernet
 
 Batch = dict[str, Tensor]
 Settle = Callable[[str, str, Sequence[Batch]], None]  # score, allocation, batches
+
+
+class Masks(Protocol):
+    """Masks of single weights that are hooked in.
+
+    gates: by site and kind, int8 (d_out, d_in), or one for each tile or whatever else a mask keeps
+        whole: 1 where it stays.  Writing into them is at once what the model computes with; they
+        are state for a loop whose masks change.
+    share: of all gates, those that the limit leaves.
+    """
+
+    @property
+    def gates(self) -> dict[str, Tensor]: ...
+    @property
+    def share(self) -> float: ...
+    def kept(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights that stay, by path: bool, of the shapes of the matrices in `like`."""
+
+
+class SettleWeights(Protocol):
+    """Choose masks of single weights by the name of a score, or by scores of matrices by path.
+
+    What an earlier call has pruned does not come back.  ease in [0, 1]: how far the limit is still
+    relaxed towards everything.
+    """
+
+    def __call__(self, score: str | Mapping[str, Tensor], allocation: str,
+                 batches: Sequence[Batch], *, ease: float = 0.0) -> Masks: ...
 
 
 class Loop(Protocol):
@@ -49,13 +77,16 @@ class Problem:
     importance: importance(name, batches) -> (units,), a score of every prune unit.
     settle_weights: (score, allocation, batches) chooses masks of single weights, which are no
         units, and hooks them in; None where the space has none.
-    settle_pet: the same for the parameters of PET itself, `limit` of which stay.
+    settle_pet: (score, allocation, batches) chooses among the parameters of PET itself, `limit` of
+        which stay.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates.
     rates:     learning rate of each kind, and of `head`.
+    room:      factor on the rates at which a step with all units open changes no more than it may.
     steps:     how many steps a learning strategy should take.
-    loop:      loop(steps, **state) -> Loop; state are tensors, modules and optimizers.
+    loop:      loop(steps, **state) -> Loop; state are tensors, modules and optimizers.  A further
+        call is a further stage, with a checkpoint of its own.
     generator: the only source of random numbers.
     """
 
@@ -72,8 +103,17 @@ class Problem:
     keep: Keep | None = None
     settled: Tensor | None = None
     importance: Callable[[str, Sequence[Batch]], Tensor] = _unmeasured
-    settle_weights: Settle | None = None
+    settle_weights: SettleWeights | None = None
     settle_pet: Settle | None = None
+    room: float = 1.0
+
+    @property
+    def crowd(self) -> float:
+        """Factor on the deltas' rates while all units are open.
+
+        Rates suit a structure of `limit` parameters; n independent changes add up like sqrt(n).
+        """
+        return float(min(1.0, (self.limit / self.space.total) ** 0.5, self.room))
 
     @cached_property
     def limits(self) -> Limits:
@@ -83,10 +123,15 @@ class Problem:
 
 @dataclass(frozen=True)
 class Ranking:
-    """score (units,) float, higher is better; keep (units,) bool, within the limit."""
+    """score (units,) float, higher is better; keep (units,) bool, within the limit.
+
+    masks: of the parameters of some deltas, bool by key; those deltas keep single parameters.
+    notes: what the strategy has to tell, plain values, for the run's log.
+    """
 
     score: Tensor
     keep: Tensor
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
 
 
@@ -108,3 +153,42 @@ def descend(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch) ->
         weight.grad = gradient
     optimizer.step()
     return loss.detach()
+
+
+@dataclass(frozen=True)
+class Phases:
+    """What happens at which step of a search that learns gates; warmup, ramp and last are shares.
+
+    warmup: of the steps, at the start, in which only the deltas learn;  cold: final temperature;
+    ramp: of the steps, after the warm-up, in which pruning sets in;  last: of the steps, at the
+    end, in which prune gates are hard.
+    """
+
+    steps: int
+    warmup: float
+    cold: float
+    ramp: float
+    last: float = 0.0
+
+    @property
+    def start(self) -> int:
+        """The first step after the warm-up."""
+        return round(self.warmup * self.steps)
+
+    def warm(self, step: int) -> bool:
+        return step < self.start
+
+    def starts(self, step: int) -> bool:
+        return step == self.start
+
+    def temperature(self, step: int) -> float:
+        """From 1 down to `cold`, from the end of the warm-up on."""
+        return float(self.cold ** ((step - self.start) / max(1, self.steps - self.start)))
+
+    def ease(self, step: int) -> float:
+        """How far the limit on inference is still relaxed: 1 in the warm-up, then down to 0."""
+        done = step - self.start
+        return 1.0 if done < 0 else max(0.0, 1 - (done + 1) / max(1, self.ramp * self.steps))
+
+    def hard(self, step: int) -> bool:
+        return step >= self.steps - round(self.last * self.steps)

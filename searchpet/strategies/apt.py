@@ -38,9 +38,8 @@ def search(
     law("apt.begin", begin, 0 <= begin <= end <= 1, "a share of the steps, at most apt.end")
     net, limits, device = problem.net, problem.limits, problem.net.home
     groups = net.groups(problem.rates)
-    crowd = min(1.0, problem.limit / problem.space.total) ** 0.5
     for group in groups:
-        group["lr"] *= 1.0 if group["kind"] == "head" else crowd
+        group["lr"] *= 1.0 if group["kind"] == "head" else problem.crowd
     weights = [p for group in groups for p in group["params"]]
     learn = torch.optim.AdamW(groups, weight_decay=0.0)
     salience = torch.zeros(len(problem.space), dtype=torch.float64, device=device)

@@ -48,8 +48,12 @@ def problem(model: nn.Module, space: Space, limit: int, *, steps: int = 4, seed:
     def loss(batch: Batch) -> Tensor:
         return model(**batch).loss
 
+    loops: list[StageLoop] = []
+
     def loop(steps: int, **state: Any) -> StageLoop:
-        return StageLoop(folder, "search", steps, seed, generator, state=state, every=every)
+        stage = f"search-{len(loops) + 1}" if loops else "search"
+        loops.append(StageLoop(folder, stage, steps, seed, generator, state=state, every=every))
+        return loops[-1]
 
     training = model.training
     model.eval()  # a probe without dropout
