@@ -86,6 +86,9 @@ def keep_of(prune: Prune, model: nn.Module, space: Space, table: Table | None = 
     """
     hosts = Hosts(space.sites, masks_of(space))
     cost = _cost(prune, model, space, hosts, table)
+    if not cost.dense > 0:  # times of a tiny model are lost in noise
+        raise InputError(f"--keep-{prune.measure} needs blocks that cost something, but this "
+                         f"model's cost is {cost.dense:g}; take --keep-flops")
     limit = float(int(prune.share * Fraction(cost.dense)))
     floor = _floor(space, cost)
     if limit <= floor:

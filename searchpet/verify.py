@@ -110,7 +110,8 @@ def _weights(model: nn.Module) -> int:
 
 def _nonzero(model: nn.Module) -> int:
     """Elements of the blocks' matrices that no mask of weights takes out; leaves no deltas."""
-    masks = [g for g in grafts(model).grafts if g.delta.stage == "weight"]
+    masks = [g for g in grafts(model).grafts if g.delta.stage == "weight"
+             and not g.delta.atoms]
     grafts(model).detach()
     del model.searchpet
     total = _weights(model)

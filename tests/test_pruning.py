@@ -375,3 +375,11 @@ def test_latency_is_measured_on_really_smaller_models() -> None:
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     with pytest.raises(InputError, match="--keep-latency measures smaller models.*--keep-flops"):
         measure(torch.nn.Linear(2, 2), [])
+
+
+def test_a_limit_on_what_costs_nothing_is_refused() -> None:
+    model = tiny.model("bert")
+    space = Space("test", discover(model), [*PET, *MASKS])
+    free = Table(attention=0.0, ffn=0.0, head_feature=0.0, neuron=0.0)
+    with pytest.raises(InputError, match="needs blocks that cost something.*take --keep-flops"):
+        keep_of(Prune("latency", "50%"), model, space, free)
