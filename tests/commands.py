@@ -7,7 +7,12 @@ import os
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +47,22 @@ def cut_off(words: list[str], signal: str, cwd: Path) -> subprocess.CompletedPro
                    "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", DRIVER, *words], cwd=cwd, env=environment,
                           capture_output=True, text=True, check=False, timeout=300)
+
+
+@contextmanager
+def workplace(folder: Path, backbone: Path) -> Iterator[pytest.MonkeyPatch]:
+    """Inside, the current folder has a task `films` and a backbone `tiny`."""
+    write_task(folder / "films")
+    (folder / "tiny").symlink_to(backbone)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are killed: the numbers must be the same
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(folder)
+            patch.delenv("SEARCHPET_DATA", raising=False)
+            yield patch
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_task(folder: Path, rows: int = 48) -> Path:

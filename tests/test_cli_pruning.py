@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import searchpet
 from searchpet import cli
 from searchpet.flops import flops
-from tests.commands import cut_off, write_task
+from tests.commands import cut_off, workplace
 
 JOB = ["--model", "tiny", "--task", "films", "--budget", "2%", "--keep-flops", "60%", "--steps",
        "10", "--batch-size", "8", "--max-length", "16", "--tau", "0.5"]
@@ -24,18 +23,11 @@ JOB = ["--model", "tiny", "--task", "films", "--budget", "2%", "--keep-flops", "
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Path]:
     """A folder with a task, a backbone, and a finished run `done`."""
     folder = tmp_path_factory.mktemp("pruning")
-    write_task(folder / "films")
-    (folder / "tiny").symlink_to(tiny_folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes that are killed: the numbers must be the same
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("SEARCHPET_DATA", raising=False)
+    with workplace(folder, tiny_folder) as patch:
         words = ["search", *JOB, "--test", "--out", "done", "--quiet"]
         patch.setattr("sys.argv", ["searchpet", *words])
         assert cli.main(words) == 0
         yield folder
-    torch.set_num_threads(threads)
 
 
 def result(run: str) -> dict[str, Any]:

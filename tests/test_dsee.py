@@ -28,7 +28,7 @@ from searchpet.spec import Spec
 from searchpet.strategies import Problem, Ranking
 from searchpet.tickets import magnitudes
 from searchpet.updates import low_rank_sparse, matrix_of
-from tests.commands import cut_off, write_task
+from tests.commands import cut_off, workplace
 from tests.laws import families as tiny
 from tests.laws.problems import problem
 
@@ -49,19 +49,12 @@ every_run = pytest.mark.parametrize("run", RUNS)
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Path]:
     """A folder with a task, a backbone, and a run without a limit, and with each sort of it."""
     folder = tmp_path_factory.mktemp("dsee")
-    write_task(folder / "films")
-    (folder / "tiny").symlink_to(tiny_folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes that are killed: the numbers must be the same
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("SEARCHPET_DATA", raising=False)
+    with workplace(folder, tiny_folder) as patch:
         for name, words in RUNS.items():
             line = [*JOB, "--budget", str(LORA + 4 * ENTRIES), *words, "--out", name]
             patch.setattr("sys.argv", ["searchpet", *line])
             assert cli.main(line) == 0
         yield folder
-    torch.set_num_threads(threads)
 
 
 def searched(model: nn.Module, share: str = "", **hyperparameters: Any) -> tuple[

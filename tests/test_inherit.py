@@ -23,7 +23,7 @@ from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.supernet import Supernet
-from tests.commands import cut_off, write_task
+from tests.commands import cut_off, workplace
 from tests.laws import families as tiny
 from tests.test_pruning import spec_for
 
@@ -39,15 +39,8 @@ KINDS = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("bias", "channel"),
 def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Path]:
     """A folder with a task and a backbone."""
     folder = tmp_path_factory.mktemp("inherit")
-    write_task(folder / "films")
-    (folder / "tiny").symlink_to(tiny_folder)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the processes that are killed: the numbers must be the same
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("SEARCHPET_DATA", raising=False)
+    with workplace(folder, tiny_folder):
         yield folder
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "gpt_neox", "t5"])
