@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from searchpet.apply import apply, load
+from searchpet.ask import STRATEGY, Ask
 from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.discover import discover
 from searchpet.errors import InputError
@@ -18,7 +19,7 @@ from searchpet.inherit import must_learn, take
 from searchpet.latency import Table, measure
 from searchpet.merge import merge
 from searchpet.multitask import open_session, several
-from searchpet.propose import STRATEGY, Ask, propose
+from searchpet.propose import propose
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent

@@ -24,10 +24,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from searchpet.ask import STRATEGY, Ask, hyperparameters
 from searchpet.budget import Budget
 from searchpet.errors import InputError
 from searchpet.inherit import must_learn
-from searchpet.propose import STRATEGY, Ask, hyperparameters
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
 from searchpet.settings import Settings

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 
+from searchpet.ask import STRATEGY, Ask
 from searchpet.engine import CONTROLS
 from searchpet.errors import InputError
 from searchpet.multitask import open_session
-from searchpet.propose import STRATEGY, Ask, budget_of, propose
+from searchpet.propose import budget_of, propose
 from searchpet.pruning import asked as prune_to
 from searchpet.run import Event, RunFolder
 from searchpet.session import Session

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from searchpet.ask import Ask
 from searchpet.calibrate import CROWD, probe, rates, together
-from searchpet.propose import Ask
 from searchpet.session import Session
 from searchpet.settings import Settings
 from searchpet.supernet import Supernet

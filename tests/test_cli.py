@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from searchpet import cli, engine, failures
-from searchpet.propose import STRATEGY
+from searchpet.ask import STRATEGY
 from searchpet.settings import Settings
 from searchpet.spec import Spec
 from tests.commands import ROOT, cut_off, write_task

@@ -38,6 +38,7 @@ STOREYS: dict[float, list[str]] = {
     4.3: ["realise"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
     4.7: ["finished"],
+    4.8: ["ask"],
     5: ["session"],
     5.2: ["multitask"],
     5.3: ["propose", "teach", "verify"],

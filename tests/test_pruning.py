@@ -13,6 +13,7 @@ from torch import nn
 
 from searchpet import catalog
 from searchpet.apply import apply, trained_tensors, write_tensors
+from searchpet.ask import Ask
 from searchpet.backbone import config_hash
 from searchpet.discover import discover
 from searchpet.errors import InputError
@@ -21,7 +22,6 @@ from searchpet.importance import importance
 from searchpet.latency import Table, measure
 from searchpet.limits import Keep, Limits
 from searchpet.merge import merge
-from searchpet.propose import Ask
 from searchpet.pruning import Prune, asked, keep_of
 from searchpet.space import Space
 from searchpet.spec import BackboneId, BudgetUse, KeepUse, Spec

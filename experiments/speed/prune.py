@@ -31,6 +31,7 @@ from transformers import BertConfig, BertForSequenceClassification
 
 from searchpet import catalog
 from searchpet.apply import apply, grafts, outside_base
+from searchpet.ask import Ask
 from searchpet.backbone import Identity, config_hash
 from searchpet.discover import discover
 from searchpet.flops import flops
@@ -38,7 +39,6 @@ from searchpet.importance import importance
 from searchpet.limits import Limits
 from searchpet.merge import merge
 from searchpet.probe import random_inputs
-from searchpet.propose import Ask
 from searchpet.pruning import Prune, keep_of, used
 from searchpet.run import StageLoop
 from searchpet.settle import settle
