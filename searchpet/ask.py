@@ -45,7 +45,7 @@ class Ask:
     def units(self, model: nn.Module) -> Space:
         """The units on a model: of the space, and of the masks to prune by."""
         file = with_masks(read_space(self.named_space), self.prune)
-        space = Space(self.named_space, discover(model), file.rule)
+        space = Space(self.named_space, discover(model), file.rule, file.share)
         if bool(space.prunes.all()):
             raise InputError(f"a space must have units of PET, but {space.name} has masks alone; "
                              "give it to --masks and another one to --space")

@@ -73,12 +73,34 @@ class Limits:
         ease in [0, 1]: how far the limit on what is kept is still relaxed towards everything.
         """
         if self.keep is None:
-            return shift(alpha, self.price(alpha), self.limit, beta)
+            return self._shared(alpha, self.price(alpha), beta, torch.arange(len(alpha)))
         p = alpha.detach().new_ones(len(self.space), dtype=torch.float64)
         prune, pet = self.prune.to(alpha.device), self.pet.to(alpha.device)
         p = p.index_put((prune,), self._open(alpha[prune], beta, ease))
         price = self.price(p.detach())[pet]
-        return p.index_put((pet,), shift(alpha[pet], price.clamp(min=1e-9), self.limit, beta))
+        return p.index_put((pet,), self._shared(alpha[pet], price.clamp(min=1e-9), beta, self.pet))
+
+    def _shared(self, alpha: Tensor, price: Tensor, beta: float, pet: Tensor) -> Tensor:
+        """`shift` of PET units, of each part of the budget for itself; pet: their numbers."""
+        if not self.space.share:
+            return shift(alpha, price, self.limit, beta)
+        p = torch.zeros(len(alpha), dtype=torch.float64, device=alpha.device)
+        for mine, limit in self._parts(pet):
+            mine = mine.to(alpha.device)
+            p = p.index_put((mine,), shift(alpha[mine], price[mine], limit, beta))
+        return p
+
+    def _parts(self, pet: Tensor) -> list[tuple[Tensor, float]]:
+        """(places among `pet`, parameters) of every part of the budget; units of none get 0."""
+        names = [p.kind for p in self.space.placements]
+        share, parts = self.space.share, []
+        for kind in (*share, None):  # None: the kinds without a share
+            mine = torch.tensor([n == kind or (kind is None and n not in share) for n in names])
+            places = mine[self.space.owner[pet]].nonzero().squeeze(-1)
+            part = share[kind] if kind else max(0.0, 1 - sum(share.values()))
+            if len(places) and part > 0:
+                parts.append((places, part * self.limit))
+        return parts
 
     def _open(self, alpha: Tensor, beta: float, ease: float) -> Tensor:
         """p of the prune units, (prune units,)."""
@@ -121,12 +143,23 @@ class Limits:
         alive = price > 0
         chosen, cost_of = self.pet[alive], price[alive]
         keep[self.pet] = 0
-        if group is not None:
-            keep[chosen[_fill_groups(score[chosen], cost_of, self.limit, group[chosen])]] = 1
-        else:
-            worth = score[chosen] / cost_of if density else score[chosen]
-            keep[chosen[fill(worth, cost_of, self.limit)]] = 1
+        worth = score[chosen] / cost_of if density and group is None else score[chosen]
+        keep[chosen[self._fill(chosen, worth, cost_of, group)]] = 1
         return keep.bool()
+
+    def _fill(self, chosen: Tensor, worth: Tensor, cost: Tensor, group: Tensor | None) -> Tensor:
+        """bool (chosen,): first each part of the budget for itself, then what they left over."""
+        def one(mine: Tensor, limit: int) -> Tensor:
+            if group is None:
+                return mine[fill(worth[mine], cost[mine], limit)]
+            return mine[_fill_groups(worth[mine], cost[mine], limit, group[chosen[mine]])]
+
+        kept = torch.zeros(len(chosen), dtype=torch.bool)
+        for mine, limit in self._parts(chosen) if self.space.share else ():
+            kept[one(mine, int(limit))] = True
+        rest = (~kept).nonzero().squeeze(-1)
+        kept[one(rest, self.limit - int(cost[kept].sum()))] = True
+        return kept
 
     def lifeline(self, score: Tensor) -> Tensor:
         """Prune units that always stay: in every stack a layer with something in each sublayer.

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, get_type_hints
@@ -50,10 +50,12 @@ class Space:
     owner: int64 (units,), the placement of each unit's first coordinate.
     first: int64 (units,), that coordinate's number inside its placement.
     neutral: float32 (units,), the gate that changes nothing: 0 for PET, 1 for prune masks.
+    share: of the budget, what a kind may spend; kinds without one share the rest.
     """
 
-    def __init__(self, name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> None:
-        self.name, self.sites = name, tuple(sites)
+    def __init__(self, name: str, sites: Sequence[Site], rules: Sequence[Rule],
+                 share: Mapping[str, float] | None = None) -> None:
+        self.name, self.sites, self.share = name, tuple(sites), dict(share or {})
         placements: list[Placement] = []
         costs: list[Tensor] = []
         labels: list[Any] = []
@@ -185,4 +187,5 @@ def _pairs(name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> list[tupl
 
 def build_space(name: str, sites: Sequence[Site]) -> Space:
     """The named space on a model's sites."""
-    return Space(name, sites, read_space(name).rule)
+    file = read_space(name)
+    return Space(name, sites, file.rule, file.share)

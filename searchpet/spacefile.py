@@ -6,6 +6,8 @@
     grain = "atom"
     options = { rank = 4 }
     select = { role = ["attention.query", "attention.value"], layers = "last 4" }
+    [share]      # of the budget, what a kind may spend; the other kinds share the rest
+    lora = 0.5
 """
 
 from __future__ import annotations
@@ -16,14 +18,21 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from searchpet import catalog
 from searchpet.errors import InputError, unknown
 from searchpet.site import Form, Site
 from searchpet.spec import first_problem
 
-_LAYERS = re.compile(r"^(?:(first|last) (\d+)|(\d+)(?:-(\d+))?)$")
+_LAYERS = re.compile(r"^(?:(first|last) (\d+)(%?)|(\d+)(?:-(\d+))?|(\d+)%-(\d+)%)$")
 
 
 class Select(BaseModel):
@@ -45,7 +54,7 @@ class Select(BaseModel):
     @classmethod
     def _readable(cls, value: str) -> str:
         if value and not _LAYERS.match(value):
-            raise ValueError('layers must read "3", "0-5", "first 2" or "last 2"')
+            raise ValueError('layers must read "3", "0-5", "first 2", "last 50%" or "25%-75%"')
         return value
 
     def matches(self, site: Site, depth: int) -> bool:
@@ -62,11 +71,12 @@ class Select(BaseModel):
         match = _LAYERS.match(self.layers)
         if not match:
             return True
-        end, count, low, high = match.groups()
-        if end == "first":
-            return 0 <= layer < int(count)
-        if end == "last":
-            return layer >= depth - int(count)
+        end, count, share, low, high, after, before = match.groups()
+        if end:
+            many = int(count) if not share else round(int(count) * depth / 100)
+            return 0 <= layer < many if end == "first" else layer >= depth - many
+        if after:  # by the middle of the layer
+            return int(after) <= 100 * (layer + 0.5) / depth < int(before)
         return int(low) <= layer <= int(high or low)
 
 
@@ -98,6 +108,19 @@ class SpaceFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     description: str
     rule: tuple[Rule, ...] = Field(min_length=1)
+    share: dict[str, float] = {}
+
+    @model_validator(mode="after")
+    def _shares_add_up(self) -> SpaceFile:
+        kinds = {rule.kind for rule in self.rule}
+        for kind, value in self.share.items():
+            if kind not in kinds:
+                raise ValueError(f"share must name a kind of the rules, but got {kind!r}")
+            if not 0 < value <= 1:
+                raise ValueError(f"share.{kind} must be in (0, 1], but got {value}")
+        if sum(self.share.values()) > 1 + 1e-9:
+            raise ValueError(f"shares must add up to at most 1, but got {self.share}")
+        return self
 
 
 def folder() -> Path:
@@ -106,8 +129,20 @@ def folder() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "spaces"
 
 
+TUNE = "tune"  # the part of the folder that holds tuning spaces, which are another kind of file
+
+
 def space_names() -> list[str]:
     """Names of the space files that come with the package, such as `nano`, `uniform/bias`."""
+    return [name for name in _names() if not name.startswith(f"{TUNE}/")]
+
+
+def tune_names() -> list[str]:
+    """Names of the tuning spaces that come with the package."""
+    return [name.removeprefix(f"{TUNE}/") for name in _names() if name.startswith(f"{TUNE}/")]
+
+
+def _names() -> list[str]:
     root = folder()
     return sorted(f.relative_to(root).with_suffix("").as_posix() for f in root.rglob("*.toml"))
 

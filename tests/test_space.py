@@ -57,7 +57,8 @@ def test_parts_and_paths_are_globs(both: tuple[Site, ...]) -> None:
 
 @pytest.mark.parametrize(("layers", "expected"), [
     ("0", {0}), ("1", {1}), ("0-1", {0, 1}), ("1-9", {1}), ("first 1", {0}), ("first 9", {0, 1}),
-    ("last 1", {1}), ("last 2", {0, 1}), ("", {-1, 0, 1}),
+    ("last 1", {1}), ("last 2", {0, 1}), ("", {-1, 0, 1}), ("first 50%", {0}), ("last 50%", {1}),
+    ("last 100%", {0, 1}), ("0%-50%", {0}), ("40%-80%", {1}),
 ])
 def test_layers_are_a_number_a_range_or_an_end(
     layers: str, expected: set[int], sites: tuple[Site, ...]
@@ -143,6 +144,10 @@ def test_a_file_of_ones_own_builds(tmp_path: Path, sites: tuple[Site, ...]) -> N
     (LORA + 'select = {form = "conv"}', "rule.0.select.form.*'norm', 'block' or 'layer'"),
     (LORA + "ranks = 2", "rule.0.ranks: Extra inputs"),
     (LORA + "options = {rank = [1]}", "rule.0.options"),
+    (LORA + "[share]\nbias = 0.5", "share must name a kind of the rules, but got 'bias'"),
+    (LORA + "[share]\nlora = 0", r"share.lora must be in \(0, 1\], but got 0"),
+    (LORA + '[[rule]]\nkind = "bias"\ngrain = "channel"\n[share]\nlora = 0.7\nbias = 0.4',
+     "shares must add up to at most 1"),
     ('description = "d"\nrules = []', "rule: Field required"),
     ('description = "d"\nrule = []', "rule: "),
     ('[[rule]]\nkind = "lora"\ngrain = "atom"', "description: Field required"),
