@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from searchpet.budget import fill, fill_to, shift, shift_to
 from searchpet.errors import InputError
-from searchpet.hosts import NOTHING, Hosts, Live, Mask, Ties
+from searchpet.hosts import Hosts, Live, Mask
 from searchpet.inference import Cost
+from searchpet.prices import Prices
 from searchpet.site import Site
 from searchpet.space import Placement, Space
 from searchpet.spec import Entry, Ratio
@@ -59,7 +61,7 @@ class Limits:
         self.prune = space.prunes.nonzero().squeeze(-1)
         self.pet = (~space.prunes).nonzero().squeeze(-1)
         self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
-        self._prices = _Prices(space, self.hosts) if self.hosts else None
+        self._prices = Prices(space, self.hosts) if self.hosts else None
 
     def price(self, z: Tensor) -> Tensor:
         """Expected parameters of each unit (units,), float64, where prune gates are z (units,)."""
@@ -137,8 +139,9 @@ class Limits:
         elif self.keep is not None:
             guarded = score.clone()
             guarded[self.lifeline(score)] = torch.inf
-            keep[self.prune] = fill_to(guarded[self.prune], self._cost_of_prune(keep.device),
+            keep[self.prune] = fill_to(self._places(guarded), self._cost_of_prune(keep.device),
                                        self._eased(ease)).double()
+            keep = self._closed(keep, guarded)
         price = self.price(keep).round().long()[self.pet]
         alive = price > 0
         chosen, cost_of = self.pet[alive], price[alive]
@@ -160,6 +163,51 @@ class Limits:
         rest = (~kept).nonzero().squeeze(-1)
         kept[one(rest, self.limit - int(cost[kept].sum()))] = True
         return kept
+
+    def _places(self, score: Tensor) -> Tensor:
+        """Scores of the prune units (prune units,) by which they are taken one after another.
+
+        A unit is worth no more than what it hangs on and comes after it.  Otherwise the neurons of
+        a closed feed-forward would all be taken for nothing, and opening it would cost all of them
+        at once, or not fit.
+        """
+        worth, depth = score.clone(), torch.zeros(len(score), dtype=torch.int64)
+        for units, above in self._hanging:
+            worth[units] = worth[units].minimum(score[above].min())
+            depth[units] = depth[units].maximum(torch.tensor(len(above)))
+        order = score.argsort(descending=True, stable=True)
+        order = order[depth[order].argsort(stable=True)]
+        order = order[worth[order].argsort(descending=True, stable=True)]
+        return -order.argsort()[self.prune].double()
+
+    def _closed(self, keep: Tensor, score: Tensor) -> Tensor:
+        """`keep` (units,) without gates that have nothing left behind them, by their own score.
+
+        A gate that is worth more than all behind it stays: its sublayer's bias is left.
+        """
+        beneath: dict[int, list[Tensor]] = defaultdict(list)
+        for units, above in sorted(self._hanging, key=lambda pair: -len(pair[1])):
+            for gate in above.tolist():
+                beneath[gate].append(units)
+        for gate, parts in sorted(beneath.items(), key=lambda item: len(item[1])):
+            units = torch.cat(parts)
+            if not bool(keep[units].any()) and score[gate] < score[units].max():
+                keep[gate] = 0
+        return keep
+
+    @cached_property
+    def _hanging(self) -> list[tuple[Tensor, Tensor]]:
+        """Prune units, and the gates of the sublayer and the layer that they hang on."""
+        assert self.hosts is not None
+        found = []
+        for p in self.space.placements:
+            if p.neutral == 1:
+                units = self.space.unit[p.start : p.start + p.width]
+                own = set(units.tolist())
+                above = [i for i in self.hosts.ties(p.site).above if i not in own]
+                if above:
+                    found.append((units, torch.tensor(above)))
+        return found
 
     def lifeline(self, score: Tensor) -> Tensor:
         """Prune units that always stay: in every stack a layer with something in each sublayer.
@@ -250,48 +298,3 @@ def kept_channels(kept: Sequence[int], atoms: bool, width: int, site: Site, live
         return list(kept)
     left = set(live.outs.tolist())
     return [c for c in kept if c in left]
-
-
-class _Prices:
-    """Parameters of each PET unit as a function of the prune gates.
-
-    Every kind costs a fixed number per coordinate, so many per input feature, so many per output
-    feature; the last two are differences of the kind's own count.
-    """
-
-    def __init__(self, space: Space, hosts: Hosts) -> None:
-        self.space = space
-        self.parts = [(p, hosts.ties(p.site), *space.slopes(p))
-                      for p in space.placements if p.neutral == 0]
-
-    def at(self, z: Tensor) -> Tensor:
-        """z (units,) -> (units,) float64; 0 for prune units."""
-        z = z.double()
-        padded = torch.cat([z, z.new_ones(1)])
-        price = torch.zeros(len(self.space), dtype=torch.float64, device=z.device)
-        for place, ties, base, per_in, per_out in self.parts:
-            units = self.space.unit[place.start : place.start + place.width].to(z.device)
-            alive = _alive(ties, z)
-            outs = padded[_padded(ties.outs, len(z))]
-            if place.atoms or place.width != place.site.d_out:
-                ins = padded[_padded(ties.ins, len(z))]
-                lost = per_in * (len(ins) - ins.sum()) + per_out * (len(outs) - outs.sum())
-                cost = (base - lost) * (ins.sum() > 0) * (outs.sum() > 0)
-            else:
-                cost = base * outs
-            price.index_add_(0, units, (alive * cost).expand(place.width).to(price))
-        return price
-
-
-def _alive(ties: Ties, z: Tensor) -> Tensor:
-    """Whether the site is there at all: its masks' gates, and something left to mix."""
-    alive = z.new_ones(())
-    for i in ties.above:
-        alive = alive * z[i]
-    if ties.mixed:
-        alive = alive * (z[torch.tensor(ties.mixed, device=z.device)].sum() > 0)
-    return alive
-
-
-def _padded(ids: Tensor, last: int) -> Tensor:
-    return torch.where(ids == NOTHING, last, ids)

@@ -135,6 +135,43 @@ def test_both_budgets_hold_in_expectation_and_in_the_choice(share: str, limit: i
         assert limits.parameters(keep) <= limit
 
 
+@every_family
+@pytest.mark.parametrize("share", ["40%", "60%", "80%"])
+def test_nothing_that_fits_is_left_out(family: str, share: str) -> None:
+    """A closed sublayer can be opened for one of its units: that must not fit any more."""
+    limits = limits_on(tiny.model(family), share)
+    assert limits.keep
+    assert limits.hosts
+    space = limits.space
+    leaves = [p for p in space.placements if p.kind in ("heads", "neurons")]
+    for seed in range(3):
+        keep = limits.fill(scores(limits, seed))
+        for p in leaves:
+            above = list(limits.hosts.ties(p.site).above)
+            units = space.unit[p.start : p.start + p.width]
+            alive = bool(keep[above].all())
+            for unit in units.tolist():
+                more = keep.clone()
+                if not alive:
+                    more[units] = False  # what a closed gate hides counts for nothing
+                more[[unit, *above]] = True
+                assert limits.kept(more) > limits.keep.limit or (alive and keep[unit])
+
+
+def test_a_unit_goes_with_the_worst_of_what_it_hangs_on() -> None:
+    limits = limits_on(tiny.model("bert"), "60%")
+    score = torch.ones(len(limits.space))
+    sublayers = [p for p in limits.space.placements if p.kind == "sublayers"]
+    score[limits.space.unit[sublayers[1].start]] = 0.0  # the feed-forward of layer 0
+    keep = limits.fill(score)
+    inside = [limits.space.unit[p.start : p.start + p.width] for p in limits.space.placements
+              if p.kind == "neurons"]
+    assert not keep[inside[0]].any()  # its own score is 1, that of its sublayer 0
+    assert keep[inside[1]].any()
+    assert limits.keep
+    assert limits.kept(keep) > 0.55 * limits.keep.cost.dense
+
+
 def test_the_gradient_of_both_shifts_is_the_difference_quotient() -> None:
     limits = limits_on(tiny.model("bert"), "50%", 300)
     generator = torch.Generator().manual_seed(0)
