@@ -82,8 +82,9 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
     found = pet_grafts(plan, seed)
     _count(model, spec, found, head)  # before anything is changed
     weighed = weight_grafts(plan)
-    if remove and plan.prunes and weighed:
-        raise InputError("masks of weights and removal do not go together; use remove=False")
+    if remove and weighed:
+        raise InputError("masks of weights leave nothing that can be taken out, so they do not go "
+                         "with remove=True; use remove=False")
     if remove and plan.prunes:
         found = pet_grafts(plan, seed, renamer(cut_out(model, cut(plan))))
     else:
@@ -157,10 +158,20 @@ def restore(run: str | Path, model: str | None = None, *, remove: bool | None = 
 
 def origin(folder: RunFolder) -> str | None:
     """The local folder that the run's backbone was taken from, if it was one and is there."""
-    if not folder.has("settings.json"):
-        return None
-    model = folder.read_json("settings.json").get("model")
+    model = asked_before(folder).get("model")
     return model if isinstance(model, str) and Path(model).is_dir() else None
+
+
+def asked_before(folder: RunFolder) -> dict[str, Any]:
+    """What a run was asked for; nothing where no settings.json is left.
+
+    Raises InputError for a file that is no object.
+    """
+    found = folder.read_json("settings.json") if folder.has("settings.json") else {}
+    if not isinstance(found, dict):
+        raise InputError(f"{folder.path / 'settings.json'} must be an object of settings, but is "
+                         f"a {type(found).__name__}; it was edited or damaged, delete it")
+    return found
 
 
 def name_labels(model: nn.Module, labels: tuple[str, ...]) -> None:

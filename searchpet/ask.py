@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from torch import nn
@@ -15,16 +15,20 @@ from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
 from searchpet.pruning import Prune, with_masks
 from searchpet.space import Space
-from searchpet.spacefile import read_space, space_names
+from searchpet.spacefile import SpaceFile, read_space, space_names
 from searchpet.strategies import Ranking
 
 STRATEGY = "bilevel"
 SPACE = "nano"
+OWN = "space.toml"  # what a space is called that is given itself; it lies beside the spec
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What a search is asked for.  `set` holds hyperparameters of the strategy."""
+    """What a search is asked for.  `set` holds hyperparameters of the strategy.
+
+    file: the space itself, instead of one by name.
+    """
 
     strategy: str = STRATEGY
     space: str | None = None
@@ -32,24 +36,26 @@ class Ask:
     budget: str = "0.01%"
     count_head: bool = False
     prune: Prune | None = None
+    file: SpaceFile | None = None
 
     @property
     def named_space(self) -> str:
-        return space_of(self.strategy, self.space)
+        return OWN if self.file else space_of(self.strategy, self.space)
 
     def settings(self) -> dict[str, Any]:
         """Plain values for settings.json."""
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "file"}
         prune = asdict(self.prune) if self.prune else None
-        return {**asdict(self), "space": self.named_space, "prune": prune}
+        return {**plain, "space": self.named_space, "prune": prune}
 
     def units(self, model: nn.Module) -> Space:
         """The units on a model: of the space, and of the masks to prune by."""
-        file = with_masks(read_space(self.named_space), self.prune)
-        space = Space(self.named_space, discover(model), file.rule, file.share)
-        if bool(space.prunes.all()):
-            raise InputError(f"a space must have units of PET, but {space.name} has masks alone; "
-                             "give it to --masks and another one to --space")
-        return space
+        own = self.file or read_space(self.named_space)
+        if all(catalog.get("deltas", rule.kind).neutral == 1 for rule in own.rule):
+            raise InputError(f"a space must have units of PET, but {self.named_space} has masks "
+                             "alone; give it to --masks and another one to --space")
+        file = with_masks(own, self.prune)
+        return Space(self.named_space, discover(model), file.rule, file.share)
 
 
 def space_of(strategy: str, space: str | None) -> str:

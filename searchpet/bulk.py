@@ -5,6 +5,7 @@ scores, at once before it or in rounds, and lie as packed bits beside the spec.
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,9 +33,12 @@ class Bulk:
 
     def __init__(self, space: Space, model: nn.Module, share: float, text: str,
                  loss: Callable[[Batch], Tensor], generator: torch.Generator) -> None:
-        if bool(space.prunes.any()):
-            raise InputError("masks of single weights and of units cannot be searched together; "
-                             "give one sort to --masks")
+        twice = Counter((p.site.path, p.site.role) for p in space.bulk).most_common(1)
+        if twice and twice[0][1] > 1:
+            kinds = [p.kind for p in space.bulk if (p.site.path, p.site.role) == twice[0][0]]
+            raise InputError(f"a matrix must have one mask of single weights, but "
+                             f"{twice[0][0][0]} has {' and '.join(kinds)}; narrow a `select` in "
+                             "the file of --masks")
         self.space, self.model, self.text = space, model, text
         self.loss, self.generator = loss, generator
         linears = [site for site in space.sites if site.form == "linear"]

@@ -10,10 +10,12 @@ from collections.abc import Sequence
 
 import typer
 
-from searchpet.commands import choices, jobs, runs
+from searchpet import launch
+from searchpet.commands import choices, jobs, runs, tune
 from searchpet.failures import continuation, explain
 
 WRONG = 2  # exit code of wrong input
+BROKEN = 1  # exit code of a bug that another process tells of
 INTERRUPTED = 130  # exit code of Ctrl-C, as shells have it
 QUIET = {  # what other libraries would print beside our own lines
     **dict.fromkeys(["TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY", "HF_HUB_VERBOSITY"], "error"),
@@ -27,7 +29,8 @@ app = typer.Typer(
     "belong in a frozen transformer, under a hard parameter budget.")
 
 for command in (jobs.search, jobs.train, runs.evaluate, runs.predict, runs.show, runs.verify,
-                runs.compare, choices.sites, choices.space, choices.list_, jobs.grid):
+                runs.compare, choices.sites, choices.space, choices.list_, jobs.grid, tune.tune,
+                tune.trials):
     app.command(command.__name__.rstrip("_"))(command)
 
 
@@ -41,18 +44,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not debug:
             warnings.simplefilter("ignore")
         try:
+            launch.enter(words)
             code = typer.main.get_command(app).main(
                 args=words, prog_name="searchpet", standalone_mode=False)
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         except Exception as error:
-            line = explain(error, words)
-            if line is None:
-                raise
-            if debug:
-                traceback.print_exc()
-            typer.echo(f"error: {line}", err=True)
-            return WRONG
-    if code == INTERRUPTED:
+            alone = launch.lost(error)
+            line = f"{alone}{continuation(words)}" if alone else explain(error, words)
+            with launch.speaking() as speaks:
+                if speaks and line is None:
+                    raise
+                if speaks and debug:
+                    traceback.print_exc()
+                if speaks:
+                    typer.echo(f"error: {line}", err=True)
+            return WRONG if line else BROKEN
+    if code == INTERRUPTED and launch.interrupted():
         typer.echo(f"interrupted{continuation(words)}", err=True)
     return int(code or 0)

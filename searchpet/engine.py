@@ -15,10 +15,13 @@ from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.finished import evaluate, predict
+from searchpet.inherit import FILE as INHERITED
 from searchpet.inherit import must_learn, take
 from searchpet.latency import Table, measure
+from searchpet.launch import follow, jointly, opened
 from searchpet.merge import merge
 from searchpet.multitask import open_session, several
+from searchpet.processes import first
 from searchpet.propose import propose
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
@@ -46,6 +49,7 @@ class Result:
         return float(self.values["score"])
 
 
+@jointly
 def search(
     *,
     strategy: str = STRATEGY,
@@ -87,11 +91,11 @@ def search(
     terms = losses(distill, recovery)
     if inherit:
         must_learn(strategy)
-    folder = RunFolder(out or default_out(chosen, ask))
-    folder.start(asked(chosen, command="search", **ask.settings(), distill=distill,
-                       recovery=_plain(terms, recovery),
-                       inherit=inherit or None,  # runs from before it existed go on
-                       controls=controls, full=full, test=test), resume)
+    values = asked(chosen, command="search", **ask.settings(), distill=distill,
+                   recovery=_plain(terms, recovery),
+                   inherit=inherit or None,  # runs from before it existed go on
+                   controls=controls, full=full, test=test)
+    folder = opened(RunFolder(out or default_out(chosen, ask)), values, resume)
     if folder.has("result.json"):
         return Result(folder.path, Spec.load(folder.path), folder.read_json("result.json"))
     session = open_session(chosen, listener)
@@ -99,7 +103,7 @@ def search(
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
-    session.table = _latencies(session, folder, ask)
+    session.table = latencies(session, folder, ask)
     _teach(session, folder, distill, terms)
     main = _find_and_train(session, folder, ask, chosen.seed, test, inherit)
     rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
@@ -108,7 +112,7 @@ def search(
     reference = _trained(session, folder.sub("controls/full"), "full", test=test) if full else {}
     spec = Spec.load(folder.path)
     values = {
-        **_values(session, spec, main, test), "strategy": strategy,
+        **values_of(session, spec, main, test), "strategy": strategy,
         "space": spec.provenance["space"], "controls": rows,
         "full_finetune": reference.get("score"),
     }
@@ -116,6 +120,7 @@ def search(
     return Result(folder.path, spec, values)
 
 
+@jointly
 def train(
     spec: Spec | str | Path | None = None,
     *,
@@ -146,9 +151,9 @@ def train(
     label = found.hash[:8] if found else str(reference)
     folder = RunFolder(out or f"runs/{_short(chosen.task)}-{_short(chosen.model)}-train-{label}"
                               f"-s{chosen.seed}")
-    folder.start(asked(chosen, command="train", spec=found.hash if found else None,
-                       reference=reference, sweep=sweep, distill=distill,
-                       recovery=_plain(terms, recovery), test=test), resume)
+    folder = opened(folder, asked(
+        chosen, command="train", spec=found.hash if found else None, reference=reference,
+        sweep=sweep, distill=distill, recovery=_plain(terms, recovery), test=test), resume)
     if folder.has("result.json"):
         return Result(folder.path, found, folder.read_json("result.json"))
     session = open_session(chosen, listener)
@@ -161,7 +166,7 @@ def train(
         folder.write_text("spec.json", found.text())
     row = _trained(session, folder, found or str(reference), sweep=sweep, test=test)
     values = {
-        **_values(session, found, row, test),
+        **values_of(session, found, row, test),
         "strategy": found.provenance.get("strategy", "spec") if found else reference,
         "controls": [], "full_finetune": row["score"] if reference == "full" else None,
     }
@@ -169,14 +174,15 @@ def train(
     return Result(folder.path, found, values)
 
 
-def _latencies(session: Session, folder: RunFolder, ask: Ask) -> Table | None:
+def latencies(session: Session, folder: RunFolder, ask: Ask) -> Table | None:
     """The table that all structures of a run are priced by: measured once."""
     if ask.prune is None or ask.prune.measure != "latency":
         return None
-    if not folder.has("latency.json"):
+    if not folder.has("latency.json") and first():
         with session.fresh(session.settings.seed) as model:
             table = measure(model, discover(model))
         folder.write_json("latency.json", table.model_dump())
+    follow(folder, "latency.json")
     return Table.model_validate(folder.read_json("latency.json"))
 
 
@@ -220,6 +226,7 @@ def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, te
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
     folder.drop("search*.checkpoint.safetensors")
+    follow(folder, "spec.json", MASK_FILE, INHERITED)
     start = take(folder) if inherit else None
     row = _trained(session, folder, Spec.load(folder.path), test=test, start=start)
     return {**row, "search_seconds": folder.read_json("search.json")["seconds"]}
@@ -249,7 +256,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _values(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
+def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
             ) -> dict[str, Any]:
     """The part of result.json that every run has."""
     backbone = session.identity.parameters

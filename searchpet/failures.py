@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from searchpet.errors import InputError
 
-RESUMABLE = ("search", "train")
+RESUMABLE = ("search", "train", "tune")
 
 
 def explain(error: Exception, words: Sequence[str]) -> str | None:

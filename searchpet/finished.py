@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from searchpet.apply import origin, part_of, read_delta, restore
+from searchpet.apply import (
+    DELTA_FILE,
+    asked_before,
+    origin,
+    part_of,
+    read_delta,
+    restore,
+)
 from searchpet.backbone import load_tokenizer
 from searchpet.batch import encode
 from searchpet.errors import InputError
@@ -21,14 +28,17 @@ def evaluate(run: str | Path, *, task: str | None = None, data: str | None = Non
              ) -> dict[str, float]:
     """Metrics of a trained run on a split of its task, or of another task with the same labels.
 
-    Of a run on several tasks: on the one named, else on each, as `task/metric`.
+    Of a run on several tasks: on the one named, by its own name or as --task had it, else on each,
+    as `task/metric`.
     """
     tensors, trained = read_delta(RunFolder(run))
     if trained.parts and task is None:
         return {f"{part.task}/{name}": value for part in trained.parts
                 for name, value in evaluate(run, task=part.task, data=data, split=split,
                                             model=model, batch_size=batch_size).items()}
-    before, own = _settings(run), task if trained.parts else None
+    before, own = asked_before(RunFolder(run)), None
+    if trained.parts and task is not None:
+        own, task = learned(run, task)
     _, trained = part_of(tensors, trained, own)
     found = load_task(task or before.get("task") or trained.task,
                       data=Path(d) if (d := data or before.get("data")) else None)
@@ -52,6 +62,7 @@ def predict(run: str | Path, file: str | Path, *, task: str | None = None,
 
     task: whose head predicts, for a run on several tasks.
     """
+    task = learned(run, task)[0] if task is not None else None
     _, trained = part_of(*read_delta(RunFolder(run)), task)
     columns = read_texts(Path(file), trained.fields)
     applied, tokenizer = _with_tokenizer(run, model, task)
@@ -75,6 +86,17 @@ def _with_tokenizer(run: str | Path, model: str | None, task: str | None) -> tup
     return restore(run, model, task=task), load_tokenizer(name)
 
 
-def _settings(run: str | Path) -> dict[str, Any]:
+def learned(run: str | Path, task: str) -> tuple[str, str]:
+    """One of a run's tasks by its name in the run, and as --task named it: a folder, say.
+
+    task: either of the two.  What is neither, or of a run on one task, is given back as both.
+    """
     folder = RunFolder(run)
-    return dict(folder.read_json("settings.json")) if folder.has("settings.json") else {}
+    if not folder.has(DELTA_FILE):
+        return task, task
+    names = [part.task for part in read_delta(folder)[1].parts]
+    items = [item.strip() for item in str(asked_before(folder).get("task")).split(",")]
+    for name, item in zip(names, items, strict=False):
+        if task in (name, item) or Path(task).expanduser() == Path(item).expanduser():
+            return name, item
+    return task, task

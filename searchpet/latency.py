@@ -63,8 +63,8 @@ def measure(model: nn.Module, sites: Sequence[Site], batch: int = 1) -> Table:
         "attention": Cut(sublayers=_blocks(sites, "attention.block")),
         "ffn": Cut(sublayers=_blocks(sites, "ffn.block")),
     }
-    seconds = _race({name: _smaller(model, cut) for name, cut in cuts.items()}, batch)
-    lost = {name: max(0.0, NANO * (seconds["whole"] - s)) for name, s in seconds.items()}
+    times = _race({name: _smaller(model, cut) for name, cut in cuts.items()}, batch)
+    lost = {name: max(0.0, NANO * (times["whole"] - s)) for name, s in times.items()}
     gone = sum(s.d_in - s.d_in // (s.kv_heads or 1) * -(-(s.kv_heads or 1) // 2) for s in mixers)
     feature = lost["heads"] / max(1, gone)
     neuron = lost["neurons"] / sum(s.d_in - s.d_in // 2 for s in outs)
@@ -74,6 +74,13 @@ def measure(model: nn.Module, sites: Sequence[Site], batch: int = 1) -> Table:
         attention=max(0.0, lost["attention"] / len(cuts["attention"].sublayers) - width * feature),
         ffn=max(0.0, lost["ffn"] / len(cuts["ffn"].sublayers) - hidden * neuron),
         head_feature=feature, neuron=neuron)
+
+
+def seconds(model: nn.Module, batch: int = 1) -> float:
+    """The shortest of several forward passes on `batch` texts of 128 tokens, or as many as the
+    model has positions for.
+    """
+    return _race({"": model}, batch)[""]
 
 
 def cost_of(table: Table, sites: Sequence[Site], hosts: Hosts, ids: int) -> Cost:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -137,31 +136,48 @@ def assignments(texts: Sequence[str], strategy: str) -> dict[str, str]:
     return found
 
 
-def values(texts: Sequence[str]) -> dict[str, str]:
-    """`TERM=WEIGHT` -> {TERM: WEIGHT}.  Raises InputError for another form."""
+def values(texts: Sequence[str], option: str = "--recovery", form: str = "TERM=WEIGHT",
+           example: str = "logits=0.9") -> dict[str, str]:
+    """`NAME=VALUE` -> {NAME: VALUE}.  Raises InputError for another form."""
     found = {}
     for text in texts:
         name, sign, value = text.partition("=")
         if not (sign and name and value):
-            raise InputError(f"--recovery must read TERM=WEIGHT, such as logits=0.9, but got "
-                             f"{text!r}")
+            raise InputError(f"{option} must read {form}, such as {example}, but got {text!r}")
         found[name] = value
     return found
 
 
 def settings(ctx: typer.Context) -> dict[str, Any]:
-    """The command's options that are fields of Settings; what was not given is left out."""
-    return {name: value for name in SETTINGS
-            if (value := ctx.params.get(name)) is not None}
+    """The command's options that are fields of Settings; what was not given is left out.
+
+    A task of a run on several, by its name there, is the one that the run was given.
+    """
+    found = {name: ctx.params[name] for name in SETTINGS if ctx.params.get(name) is not None
+             and (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"}
+    if found.get("task") and ctx.params.get("spec"):
+        from searchpet.finished import learned
+
+        run = folder_of(ctx.params["spec"])
+        found["task"] = ",".join(learned(run, name.strip())[1]
+                                 for name in found["task"].split(","))
+    return found
 
 
 def origin(path: Path) -> dict[str, Any]:
-    """Model, task and data that a spec was made with."""
+    """Model, task, data and length of texts that a spec was made with."""
+    from searchpet.apply import asked_before
+    from searchpet.run import RunFolder
     from searchpet.spec import Spec
 
     spec = Spec.load(path)
-    file = (path if path.is_dir() else path.parent) / "settings.json"
-    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    before = asked_before(RunFolder(folder_of(path)))
     made = {"model": spec.backbone.name, "task": spec.provenance.get("task")}
-    made |= {name: before[name] for name in ("model", "task", "data") if before.get(name)}
+    made |= {name: before[name] for name in ("model", "task", "data", "max_length")
+             if before.get(name)}
     return {name: value for name, value in made.items() if value}
+
+
+def folder_of(path: Path) -> Path:
+    """Where a spec lies: the folder itself, or that of the file."""
+    return path if path.is_dir() else path.parent

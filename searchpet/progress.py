@@ -23,7 +23,7 @@ class Reporter:
 
     def __init__(self, quiet: bool = False, log: bool = True) -> None:
         self.quiet, self.log = quiet, log
-        self.console = Console(stderr=True, highlight=False)
+        self.console = Console(stderr=True, highlight=False, emoji=False)
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._last: Event | None = None  # of the stage that runs

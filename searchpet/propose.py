@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from searchpet import catalog
 from searchpet.ask import Ask, hyperparameters
 from searchpet.batch import Encodings
 from searchpet.budget import Budget
@@ -54,6 +55,7 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     search, keywords = hyperparameters(ask.strategy, ask.set)
     with session.fresh(seed) as model:
         space = ask.units(model)
+        _check_bulk(ask, space)
         limits, limit = budget_of(session, ask.budget, ask.count_head)
         limits.afford(int(space.cost[~space.prunes].min()) + limits.limit - limit)
         keep = None
@@ -77,7 +79,9 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
                  _provenance(session, ask, space, keywords, seed), sparse)
     bits = sparse.bits()
     if bulk:
-        spec, bits = _with_bulk(spec, bulk, ask), bits | bulk.bits()
+        spec = spec.model_copy(update={
+            "entries": (*spec.entries, *bulk.entries()), "keep": bulk.use()})
+        bits |= bulk.bits()
     if bits and folder is not None:
         folder.write_tensors(MASK_FILE, bits)
         spec._folder = folder.path
@@ -86,24 +90,28 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     return spec, round(time.monotonic() - began, 3)
 
 
-def _bulk(ask: Ask, problem: Problem) -> Bulk:
-    """The weight masks of a problem.  Raises InputError for what they cannot be asked."""
+def _check_bulk(ask: Ask, space: Space) -> None:
+    """Raise InputError for weight masks that cannot be searched so."""
+    if not space.bulk:
+        return
+    if bool(space.prunes.any()):
+        raise InputError("masks of single weights and of units cannot be searched together; give "
+                         "one sort to --masks")
     if ask.prune is None or ask.prune.measure != "weights":
         raise InputError("masks of single weights save no FLOPs, so they need --keep-weights, "
                          "such as 50%, and --masks")
+    if not catalog.about("strategies", ask.strategy.partition(":")[0], "WEIGHTS", False):
+        raise InputError(f"strategy {ask.strategy} chooses no masks of weights; take --strategy "
+                         "prune_first, or --masks prune/structured")
+
+
+def _bulk(ask: Ask, problem: Problem) -> Bulk:
+    """The weight masks of a problem."""
+    assert ask.prune is not None  # checked before
     bulk = Bulk(problem.space, problem.net.model, float(ask.prune.share), ask.prune.text,
                 problem.loss, problem.generator)
     problem.settle_weights = bulk.settle
     return bulk
-
-
-def _with_bulk(spec: Spec, bulk: Bulk, ask: Ask) -> Spec:
-    """The spec with its weight masks."""
-    if not bulk.keeps:
-        raise InputError(f"strategy {ask.strategy} chooses no masks of weights; take --strategy "
-                         "prune_first")
-    return spec.model_copy(update={
-        "entries": (*spec.entries, *bulk.entries()), "keep": bulk.use()})
 
 
 def _sparse(problem: Problem) -> Sparse:

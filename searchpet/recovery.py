@@ -13,14 +13,15 @@
   banks; see `searchpet.contrast`.
 
 Layer i of n is taught by layer round(i N / n) of N, halves up: a student that has lost layers is
-taught by those at the depths of what is left.  One of which a layer has lost its attention cannot
-learn attention.  The teacher reads the student's token ids and gives its outputs in the student's
-order.  One of another architecture teaches logits alone: its layers have no counterpart.
+taught by those at the depths of what is left.  Where one of the two has no attention left, the
+pair is left out of `attention`.  The teacher reads the student's token ids, its outputs have the
+student's order.  One of another architecture teaches logits alone: its layers do not correspond.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -32,7 +33,6 @@ from torch import Tensor, nn
 from searchpet.contrast import (
     POSITIVES,
     Bank,
-    Stacks,
     hidden,
     info_nce,
     must,
@@ -41,6 +41,7 @@ from searchpet.contrast import (
     stacks,
     tokens,
 )
+from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
 from searchpet.train import Batch
 
@@ -81,9 +82,7 @@ class Recovery:
 
     def given(self, values: Mapping[str, Any]) -> Recovery:
         """With these weights and options, as numbers or text; where a term is among them, the
-        terms that are not have weight 0.
-
-        Raises InputError for a name that is no field, and for bad values.
+        others have weight 0.  Raises InputError for a name that is no field, and for bad values.
         """
         known = [field.name for field in fields(self)]
         named: dict[str, Any] = dict.fromkeys(TERMS, 0.0) if set(values) & set(TERMS) else {}
@@ -107,10 +106,36 @@ def match(layers: int, taught: int) -> list[int]:
     return [max(1, (2 * i * taught + layers) // (2 * layers)) for i in range(1, layers + 1)]
 
 
-def pairs(student: Stacks, teacher: Stacks) -> list[tuple[Tensor, Tensor]]:
-    """Each layer of the student with the one that teaches it, stack by stack."""
-    return [(s, theirs[i - 1]) for ours, theirs in zip(student, teacher, strict=True)
-            for s, i in zip(ours, match(len(ours), len(theirs)), strict=True)]
+def pairs(student: Sequence[Sequence[Tensor | None]], teacher: Sequence[Sequence[Tensor | None]],
+          ) -> list[tuple[Tensor, Tensor]]:
+    """Each layer of the student with the one that teaches it, by stack, unless one is None."""
+    found = [(s, theirs[i - 1]) for ours, theirs in zip(student, teacher, strict=True)
+             for s, i in zip(ours, match(len(ours), len(theirs)), strict=True)]
+    return [(s, t) for s, t in found if s is not None and t is not None]
+
+
+def attending(model: nn.Module, out: Any, who: str) -> list[list[bool]]:
+    """Of each stack, whether a layer still has an attention.  Raises InputError if `out` has not a
+    map of each: fused attention gives none.
+    """
+    maps = [sum(a is not None and a.dim() == 4 and a.shape[2] == a.shape[3] for a in found)
+            for found in stacks(out, "attentions")]
+    layers = [len(found) for found in hidden(out)]
+    if maps == layers:
+        return [[True] * n for n in layers]  # ALBERT's share one attention
+    left: dict[str, set[int]] = defaultdict(set)
+    for site in (s for s in discover(model) if s.role == "attention.output"):
+        left[site.part].add(site.layer)
+    there = [len(own) for own in left.values()]
+    must(maps == there, f"attention needs a square map of each of {sum(there)} layers, but the "
+         f"{who} gives {sum(maps)}; call its set_attn_implementation('eager'), or take hidden=1")
+    return [[i in own for i in range(n)] for n, own in zip(layers, left.values(), strict=True)]
+
+
+def by_layer(out: Any, left: Sequence[Sequence[bool]]) -> list[list[Tensor | None]]:
+    """The attention maps of each stack's layers, None for a layer without; left: `attending`."""
+    return [[next(maps) if here else None for here in own]
+            for maps, own in zip(map(iter, stacks(out, "attentions")), left, strict=True)]
 
 
 def logits_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -173,6 +198,11 @@ class Objective:
             ours, theirs = self._passes(probe)
         student.train(was_training)
         _check_sizes(recovery, ours, theirs, probe, self.banks)
+        if recovery.attention and teacher is not None:
+            self._left = [attending(student, ours, "student"),
+                          attending(teacher, theirs, "teacher")]
+            must(bool(self._attentions(ours, theirs)), "attention needs a layer that has one and "
+                 "is taught by one that has, but none is left; take hidden=1 instead")
         layers = pairs(hidden(ours), hidden(theirs)) if recovery.hidden else []
         self._maps = [nn.Parameter(torch.eye(t.shape[-1], s.shape[-1], device=device))
                       for s, t in layers]
@@ -200,7 +230,7 @@ class Objective:
             layers = pairs(hidden(ours), hidden(theirs))
             found["hidden"] = hidden_loss(layers, self._maps, tokens(batch, layers[0][0]))
         if w.attention:
-            layers = pairs(stacks(ours, "attentions"), stacks(theirs, "attentions"))
+            layers = self._attentions(ours, theirs)
             real = tokens(batch, layers[0][0][:, 0])
             found["attention"] = attention_loss(layers, real, w.attention_form)
         for term, banks in self.banks.items():
@@ -209,6 +239,9 @@ class Objective:
                 info_nce(z, b.rows, POSITIVES[term](b, batch), w.contrast_temperature)
                 for b in banks]).mean()
         return found
+
+    def _attentions(self, ours: Any, theirs: Any) -> list[tuple[Tensor, Tensor]]:
+        return pairs(by_layer(ours, self._left[0]), by_layer(theirs, self._left[1]))
 
     def _passes(self, batch: Batch) -> tuple[Any, Any]:
         """What student and teacher give; the student twice where no term needs the teacher."""
@@ -254,13 +287,6 @@ def _check_sizes(recovery: Recovery, ours: Any, theirs: Any, probe: Batch,
     sound = all(len(s) == 3 and tokens(probe, torch.empty(s)).shape == s[:2] for s in shapes)
     must(bool(shapes) and sound, "hidden states must be (batch, tokens, channels), but are "
           f"{shapes}; use ce and logits alone")
-    for who, out in (("student", ours), ("teacher", theirs)) if recovery.attention else ():
-        layers = sum(map(len, hidden(out)))
-        maps = sum(a is not None and a.dim() == 4 and a.shape[2] == a.shape[3]
-                   for found in stacks(out, "attentions") for a in found)
-        must(maps == layers, f"attention needs a square map of each of {layers} layers, but the "
-              f"{who} gives {maps}; call its set_attn_implementation('eager'), or, where a layer "
-              "has lost its attention, leave attention out and take hidden=1")
     for b in (b for given in banks.values() for b in given):
         must(b.rows.shape[-1] == shapes[-1][-1], f"a bank must have the student's "
               f"{shapes[-1][-1]} channels, but has {b.rows.shape[-1]}; leave supervised out, or "

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from searchpet import processes
 from searchpet.errors import InputError
 
 LOG_EVERY = 10  # steps between two lines of log.jsonl
@@ -159,7 +160,8 @@ class StageLoop:
     `state` names what changes from step to step: tensors, lists of tensors, optimizers, and dicts
     of plain values.  Before each step all randomness is seeded from (seed, stage, step), so data
     order, dropout and gates need no state of their own, and an interrupted stage continues to the
-    same numbers.
+    same numbers.  Of several processes the first saves; each has dropout of its own, and the same
+    `generator`.
     """
 
     def __init__(self, folder: RunFolder | None, stage: str, steps: int, seed: int,
@@ -183,9 +185,9 @@ class StageLoop:
             if self.stopped:
                 return
             self._step = step
-            seed = _mix(self.seed, self.stage, step)
-            torch.manual_seed(seed)
-            self.generator.manual_seed(seed)
+            own = f"{self.stage}@{rank}" if (rank := processes.rank()) else self.stage
+            torch.manual_seed(_mix(self.seed, own, step))
+            self.generator.manual_seed(_mix(self.seed, self.stage, step))
             yield step
             if time.monotonic() - saved > self.every:
                 self._save(self.steps if self.stopped else step + 1)
@@ -220,7 +222,7 @@ class StageLoop:
             self.folder.drop(self.file)
 
     def _save(self, step: int) -> None:
-        if self.folder:
+        if self.folder and processes.first():
             tensors, plain = pack(self.state)
             meta = {"step": str(step), "plain": json.dumps(plain)}
             self.folder.write_tensors(self.file, tensors, meta)

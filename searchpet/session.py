@@ -31,9 +31,11 @@ from searchpet.calibrate import CROWD, probe, rates, together
 from searchpet.errors import InputError
 from searchpet.grafts import Grafts
 from searchpet.latency import Table
+from searchpet.launch import check_rows, device
+from searchpet.processes import from_first
 from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
-from searchpet.settings import TAU, Settings, pick_device
+from searchpet.settings import TAU, Settings
 from searchpet.spec import Spec
 from searchpet.task import Split, Task, load_task
 from searchpet.train import Recipe, evaluate, fit, loss_of
@@ -72,7 +74,8 @@ class Session:
     def __init__(self, settings: Settings, listener: Listener = silent) -> None:
         self.settings, self.listener = settings, listener
         self.job = ""  # what the listener is told of whose stage runs
-        self.device = pick_device(settings.device)
+        check_rows(settings.batch_size)
+        self.device = device(settings.device)
         self.task: Task = self._task()
         backbone = self._load(settings.seed)
         self.identity, self.head = backbone.identity, backbone.head
@@ -170,7 +173,7 @@ class Session:
         batch = encoded.batches(PROBE_ROWS, seed)[0]
         model.eval()
         loss = self.loss(model, "fp32")
-        return probe(grafts, lambda: loss(batch))
+        return from_first(lambda: probe(grafts, lambda: loss(batch)))
 
     def room(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
              rates: dict[str, float], tau: float) -> float:
@@ -183,8 +186,8 @@ class Session:
         model.eval()
         loss = self.loss(model, "fp32")
         owners = {name.rpartition(".")[0]: None for name in sorted(self.head)}
-        change = together(grafts, lambda: loss(batch),
-                          [model.get_submodule(name) for name in owners if name], rates)
+        entrance = [model.get_submodule(name) for name in owners if name]
+        change = from_first(lambda: together(grafts, lambda: loss(batch), entrance, rates))
         return min(1.0, CROWD * tau / change) if change > 0 else 1.0
 
     def rates(self, probes: dict[str, float], tau: float) -> dict[str, float]:

@@ -18,6 +18,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import tomli_w
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -73,7 +74,7 @@ class Select(BaseModel):
             return True
         end, count, share, low, high, after, before = match.groups()
         if end:
-            many = int(count) if not share else round(int(count) * depth / 100)
+            many = int(count) if not share else max(1, round(int(count) * depth / 100))
             return 0 <= layer < many if end == "first" else layer >= depth - many
         if after:  # by the middle of the layer
             return int(after) <= 100 * (layer + 0.5) / depth < int(before)
@@ -127,6 +128,11 @@ def folder() -> Path:
     """Where the space files are: beside the package in a checkout, inside it when installed."""
     inside = Path(__file__).parent / "spaces"
     return inside if inside.is_dir() else Path(__file__).parent.parent / "spaces"
+
+
+def toml(file: SpaceFile) -> str:
+    """A space as the text of a space file."""
+    return tomli_w.dumps(file.model_dump(mode="json", exclude_defaults=True))
 
 
 TUNE = "tune"  # the part of the folder that holds tuning spaces, which are another kind of file

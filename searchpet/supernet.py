@@ -62,6 +62,11 @@ class Supernet:
         spread = value if self._whole else value.index_select(-1, self._unit)
         self.grafts.z = list(spread.split(self._widths, dim=-1))
 
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """What trains: the parameters of all deltas, and the head."""
+        return [*self.grafts.deltas.parameters(), *self.head]
+
     def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
         """Parameter groups `{params, kind, lr}`, one per kind and one for the head.
 

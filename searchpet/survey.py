@@ -13,7 +13,8 @@ from searchpet.budget import Budget, fill
 from searchpet.discover import discover
 from searchpet.site import Site
 from searchpet.space import build_space
-from searchpet.spacefile import read_space, space_names
+from searchpet.spacefile import read_space, space_names, tune_names
+from searchpet.tunefile import read_tune
 
 
 def sites_of(model: str) -> tuple[Site, ...]:
@@ -47,7 +48,9 @@ def survey(name: str, model: str, budget: str) -> dict[str, Any]:
 
 
 def described(family: str) -> dict[str, str]:
-    """Name -> one line, for a family of the catalog or `spaces`."""
+    """Name -> one line, for a family of the catalog, `spaces`, or `knobs`: tuning spaces."""
+    if family == "knobs":
+        return {name: read_tune(name).description for name in tune_names()}
     if family == "spaces":
         return {name: read_space(name).description for name in space_names()}
     found = {name: catalog.describe(family, name) for name in catalog.names(family)}

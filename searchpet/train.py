@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from searchpet.batch import Encoded, passes
 from searchpet.metrics import measure
+from searchpet.processes import from_first, mean_loss, rank, size, total
 from searchpet.run import StageLoop
 
 Batch = dict[str, Tensor]
@@ -71,11 +72,16 @@ def loss_of(model: nn.Module, precision: str = "fp32") -> Callable[[Batch], Tens
 @torch.no_grad()
 def predict(model: nn.Module, encoded: Encoded, batch_size: int, precision: str = "fp32",
             ) -> np.ndarray[Any, Any]:
-    """Logits of every row, (n, outputs) float32, in the order of the rows."""
+    """Logits of every row, (n, outputs) float32, in the order of the rows.
+
+    Several processes take turns at the batches; each gets all logits.
+    """
     was_training = model.training
     model.eval()
     out: np.ndarray[Any, Any] | None = None
-    for rows, batch in passes(encoded, batch_size):
+    for number, (rows, batch) in enumerate(passes(encoded, batch_size)):
+        if number % size() != rank():
+            continue
         batch.pop("labels", None)
         with autocast(model, precision):
             logits = model(**to(batch, model)).logits
@@ -83,8 +89,22 @@ def predict(model: nn.Module, encoded: Encoded, batch_size: int, precision: str 
         out = np.zeros((len(encoded), values.shape[1]), np.float32) if out is None else out
         out[rows.numpy()] = values
     model.train(was_training)
-    assert out is not None  # passes refuses an empty split
-    return out
+    return _together(out, len(encoded), model)
+
+
+def _together(own: np.ndarray[Any, Any] | None, rows: int, model: nn.Module,
+              ) -> np.ndarray[Any, Any]:
+    """Logits (n, outputs) from those of each process, 0 in the rows of others; None: has no rows.
+
+    The first process has a batch: passes refuses an empty split.
+    """
+    if size() > 1:
+        outputs = from_first(lambda: None if own is None else own.shape[1])
+        mine = np.zeros((rows, outputs or 0), np.float32) if own is None else own
+        device = next(model.parameters()).device
+        own = total(torch.from_numpy(mine).to(device)).cpu().numpy()
+    assert own is not None
+    return own
 
 
 def evaluate(model: nn.Module, encoded: Encoded, metrics: Sequence[str], batch_size: int,
@@ -126,7 +146,8 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Re
         optimizer.zero_grad()
         total = torch.zeros(())
         for part in range(recipe.accumulate):
-            loss = loss_at(batches[step * recipe.accumulate + part]) / recipe.accumulate
+            batch = batches[step * recipe.accumulate + part]
+            loss = mean_loss(loss_at, batch, trained) / recipe.accumulate
             loss.backward()
             total = total + loss.detach().cpu()
         optimizer.step()

@@ -122,6 +122,8 @@ def checks(found: Iterable[Any]) -> Table:
 
 
 def _brief(value: Any) -> object:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, float):
         return round(value) if value >= 1 else f"{value:.2g}"
     return value
@@ -184,27 +186,39 @@ def comparison(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
 
 
 def structure(spec: Spec) -> Iterable[Any]:
-    """A spec's deltas by kind and role, and the picture of them."""
-    groups: dict[tuple[str, str], list[Entry]] = {}
+    """A spec's deltas by kind and role, the picture of them, and what is pruned."""
     masks = {ratio.kind for ratio in spec.plan}
-    for entry in spec.entries:
-        if entry.kind in masks:
-            continue
-        groups.setdefault((entry.kind, entry.role), []).append(entry)
-    rows = [[kind, role, len(entries), sum(len(e.kept) for e in entries),
-             _ranges(e.layer for e in entries)]
-            for (kind, role), entries in sorted(groups.items())]
+    weights = [e for e in spec.entries if e.mask and not e.kept]  # masks of them list nothing
+    pet = [e for e in spec.entries if e.kind not in masks and (e.kept or not e.mask)]
     budget, backbone = spec.budget, spec.backbone
     yield (f"{backbone.name}: {budget.used:,} of {budget.limit:,} parameters "
            f"({share(budget.used / budget.denominator)} of {budget.denominator:,}), found by "
            f"{spec.provenance.get('strategy', 'hand')}, {spec.hash[:12]}\n")
-    yield table("kind", "role", "sites", "coordinates", "layers", rows=rows, left=2)
-    yield ""
-    yield picture([entry for entry in spec.entries if entry.kind not in masks])
+    yield _members("kind", pet)
+    yield from ("", picture(pet))
     if spec.keep:
-        yield ""
-        yield kept(spec.keep.model_dump())
+        yield from ("", kept(spec.keep.model_dump()))
+    if spec.plan:
         yield ratios(spec)
+    if weights:
+        yield _members("mask", weights)
+
+
+def _members(title: str, entries: Sequence[Entry]) -> Table:
+    """Entries by kind and role; where masks lie beside the spec, how much those keep."""
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.kind, entry.role), []).append(entry)
+    rows = []
+    for (kind, role), found in sorted(groups.items()):
+        masks = [e.mask for e in found if e.mask]
+        left, whole = sum(m.count for m in masks), sum(math.prod(m.shape) for m in masks)
+        rows.append([kind, role, len(found), sum(len(e.kept) for e in found) or left,
+                     _ranges(e.layer for e in found),
+                     f"{left:,} of {whole:,}, {share(left / max(1, whole))}" if masks else ""])
+    wide = 6 if any(row[-1] for row in rows) else 5
+    return table(*[title, "role", "sites", "coordinates", "layers", "mask keeps"][:wide],
+                 rows=[row[:wide] for row in rows], left=2)
 
 
 def ratios(spec: Spec) -> Table:
@@ -267,3 +281,20 @@ def sites(found: Sequence[Site]) -> Table:
     rows = [[part, role, form, shape, _ranges(s.layer for s in members), len(members)]
             for (part, role, form, shape), members in sorted(groups.items())]
     return table("part", "role", "form", "shape", "layers", "sites", rows=rows, left=5)
+
+
+def study(found: Mapping[str, Any]) -> Iterable[Any]:
+    """A study: its trials, and what its knobs matter."""
+    yield (f"{found['study']}: {found['complete']} complete, {found['pruned']} pruned, "
+           f"{found['failed']} failed, {found['running']} running, of {found['wanted']} trials")
+    yield ""
+    yield table("trial", "state", *found["metrics"], "steps", "seconds", left=2, rows=[
+        [f"{t['number']}{' *' if t['number'] in found['front'] else ''}", t["state"],
+         *(t.get(name) for name in found["metrics"]), t["steps"], t["seconds"]]
+        for t in found["trials"]])
+    if found["front"]:
+        yield "* best" if len(found["metrics"]) == 1 else "* on the Pareto front"
+    if found["importances"]:
+        yield ""
+        yield table("knob", "importance", rows=[
+            [name, share(value)] for name, value in found["importances"].items()])

@@ -38,6 +38,10 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterato
     (folder / "blocks.toml").write_text(
         'description = "tiles"\n[[rule]]\nkind = "blocks"\ngrain = "atom"\n'
         'options = {rows = 4, columns = 4}\nselect = {role = "ffn.*"}\n')
+    rule = '[[rule]]\nkind = "{}"\ngrain = "atom"\nselect = {{role = "{}"}}\n'
+    for name, kinds in (("twice", ("weights", "n_m")), ("mixed", ("weights", "heads"))):
+        (folder / f"{name}.toml").write_text('description = "two sorts"\n' + "".join(
+            rule.format(kind, "attention.output") for kind in kinds))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.delenv("SEARCHPET_DATA", raising=False)
@@ -153,6 +157,9 @@ def test_masks_that_are_not_the_specs_are_refused(
     (["--keep-weights", "20%", "--masks", "blocks.toml"], "must leave what no mask covers"),
     (["--keep-weights", "50%", "--masks", "prune/weights", "--strategy", "bilevel"],
      "chooses no masks of weights"),
+    (["--keep-weights", "85%", "--masks", "twice.toml"],
+     "layer.0.attention.output.dense has weights and n_m"),
+    (["--keep-weights", "60%", "--masks", "mixed.toml"], "cannot be searched together"),
     (["--keep-weights", "50%", "--masks", "prune/weights", "--set", "prune_first.score=movement"],
      "needs a training"),
 ])
@@ -162,6 +169,8 @@ def test_what_cannot_be_asked_is_one_line(
     assert cli.main([*JOB, *words, "--out", "wrong"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+    log = home / "wrong" / "log.jsonl"
+    assert not log.is_file() or "search" not in log.read_text()  # said before any work
 
 
 def test_scores_in_a_later_round_are_those_of_the_pruned_model() -> None:

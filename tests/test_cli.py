@@ -18,8 +18,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from searchpet import cli, engine, failures
+from searchpet import cli, engine, failures, tune
 from searchpet.ask import STRATEGY
+from searchpet.commands import jobs
+from searchpet.commands import tune as outer
 from searchpet.settings import Settings
 from searchpet.spec import Spec
 from tests.commands import ROOT, cut_off, write_task
@@ -101,15 +103,17 @@ def test_the_module_runs() -> None:
     assert found.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("verb", ["search", "train"])
-def test_defaults_are_those_of_python(verb: str) -> None:
+@pytest.mark.parametrize(("verb", "command", "python"), [
+    ("search", jobs.search, engine.search), ("train", jobs.train, engine.train),
+    ("tune", outer.tune, tune.tune)])
+def test_defaults_are_those_of_python(verb: str, command: Any, python: Any) -> None:
     given = {name.rstrip("_"): p.default for name, p in
-             inspect.signature(getattr(cli, verb)).parameters.items()}
+             inspect.signature(command).parameters.items()}
     for field in dataclasses.fields(Settings):
         if not (verb == "train" and field.name in ("model", "task")):  # those of the spec
             assert given[field.name] == field.default
-    own = inspect.signature(getattr(engine, verb)).parameters
-    for name in given.keys() & own.keys() - {"spec", "full", "set", "recovery"}:
+    own = inspect.signature(python).parameters
+    for name in given.keys() & own.keys() - {"spec", "full", "set", "recovery", "limit"}:
         assert given[name] == own[name].default
     assert verb == "train" or given["strategy"] == STRATEGY
 

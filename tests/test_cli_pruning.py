@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
@@ -9,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import searchpet
 from searchpet import cli
 from searchpet.flops import flops
+from searchpet.options import SETTINGS
+from searchpet.settings import Settings
 from tests.commands import cut_off, workplace
 
 JOB = ["--model", "tiny", "--task", "films", "--budget", "2%", "--keep-flops", "60%", "--steps",
@@ -82,7 +86,8 @@ def test_verify_finds_a_false_claim(home: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(["verify", "false"]) == 2
     said = capsys.readouterr()
     assert "WRONG" in said.out
-    assert said.err.strip().endswith("but false is not: flops that are left")
+    assert said.err.strip().endswith(
+        "but false is not: keep of result.json, flops that are left")
 
 
 def test_a_cut_off_search_with_pruning_continues_to_the_same_end(home: Path) -> None:
@@ -161,3 +166,13 @@ def test_a_teacher_changes_the_training_and_survives_a_kill(
     assert cli.main([*words[:-3], "--distill", "done", "--out", "taught3", "--quiet"]) == 0
     assert cli.main([*words[:-3], "--distill", "nowhere", "--out", "taught4", "--quiet"]) == 2
     assert "--distill must be `full` or the folder of a run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["search", "train"])
+def test_an_option_that_is_not_given_is_what_python_takes(command: str) -> None:
+    """So that commands may leave it out, and `train` may take what the spec was made with."""
+    own = {field.name: field.default for field in dataclasses.fields(Settings)}
+    found = {p.name: p.default for p in typer.main.get_command(cli.app).commands[command].params}
+    assert set(SETTINGS) == own.keys() <= found.keys()
+    given = {name: found[name] for name in own if found[name] is not None}
+    assert len(given) >= 8 and given == {name: own[name] for name in given}

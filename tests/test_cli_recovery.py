@@ -254,21 +254,20 @@ def test_a_teacher_that_cannot_teach_a_term_is_refused_before_the_search(
     assert cli.main([*words, "--recovery", "logits=1", "--resume"]) == 0
 
 
-def test_a_student_without_an_attention_says_what_to_do(
-    home: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+@pytest.mark.parametrize("term", ["hidden", "attention"])
+def test_a_student_that_lost_an_attention_learns_from_what_is_left(
+    home: Path, term: str, tmp_path: Path
 ) -> None:
     """One sublayer's attention is removed: hidden still has all layers, attention has not."""
     (home / "blocks.toml").write_text(
         'description = "attention sublayers"\n[[rule]]\nkind = "sublayers"\ngrain = "module"\n'
         'select = {role = "attention.block"}\n')
     words = [*SEARCH, *SMALL, "--keep-flops", "85%", "--masks", "blocks.toml", "--distill",
-             "full", "--out", str(tmp_path / "run")]
-    said = line([*words, "--recovery", "attention=1"], capsys)
-    assert "needs a square map of each of 2 layers, but the student gives 1" in said
-    assert "leave attention out and take hidden=1" in said
-    words[-1] = str(tmp_path / "other")
-    assert cli.main([*words, "--recovery", "hidden=1"]) == 0
-    assert json.loads((tmp_path / "other/result.json").read_text())["removed"]
+             "full", "--recovery", f"{term}=1", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "run/result.json").read_text())["removed"]
+    gone = [e for e in Spec.load(tmp_path / "run").entries if e.kind == "sublayers"]
+    assert len(gone) == 1 and gone[0].kept == []
 
 
 def test_a_student_that_lost_a_layer_learns_hidden_states_and_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 
 import searchpet
+from searchpet import cli
 from searchpet.apply import part_of, read_delta
 from searchpet.engine import evaluate, predict
 from searchpet.errors import InputError
@@ -19,7 +21,7 @@ from searchpet.run import RunFolder
 from searchpet.session import Session
 from searchpet.settings import Settings
 from searchpet.verify import verify
-from tests.commands import cut_off, write_task
+from tests.commands import cut_off, workplace, write_task
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +106,71 @@ def test_the_heads_are_those_of_single_tasks(common: dict[str, Any]) -> None:
             turn_to(many, k, several.tasks[k])
             batch = alone.batches(alone.splits["train"], 0)[0]
             assert torch.equal(many.eval()(**batch).loss, one.eval()(**batch).loss)
+
+
+# --- tasks that are folders, by the command line ---
+
+
+@pytest.fixture(scope="module")
+def folders(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A current folder with two tasks in `data`, and a run on both, which are named as folders."""
+    folder = tmp_path_factory.mktemp("folders")
+    (folder / "data").mkdir()
+    with workplace(folder, tiny_folder) as patch:
+        write_task(folder / "data/a")
+        write_task(folder / "data/b", rows=40)
+        (folder / "data/b/meta.json").write_text('{"labels": ["bad", "good"]}')
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        words = ["search", "--model", "tiny", "--task", "data/a, data/b", "--steps", "4",
+                 "--batch-size", "8", "--max-length", "12", "--budget", "200", "--strategy",
+                 "random:unit", "--controls", "0", "--quiet", "--out", "run"]
+        assert cli.main(words) == 0
+        yield folder
+
+
+def figures(words: list[str], capsys: pytest.CaptureFixture[str]) -> dict[str, float]:
+    assert cli.main([*words, "--json"]) == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("name", ["b", "data/b", "./data/b/"])
+def test_a_task_that_is_a_folder_is_known_by_its_name_and_by_the_folder(
+    folders: Path, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every = figures(["evaluate", "run"], capsys)
+    stored = json.loads(Path("run/result.json").read_text())["metrics"]
+    assert every == pytest.approx({k: v for k, v in stored.items() if k != "mean"}, abs=1e-6)
+    own = {k.partition("/")[2]: v for k, v in every.items() if k.startswith("b/")}
+    assert figures(["evaluate", "run", "--task", name], capsys) == own
+    (tmp_path / "new.jsonl").write_text('{"text": "good cat"}\n')
+    assert cli.main(["predict", "run", str(tmp_path / "new.jsonl"), "--task", name]) == 0
+    assert json.loads(capsys.readouterr().out)["prediction"] in ("bad", "good")
+    words = ["train", "run", "--task", name, "--steps", "2", "--quiet", "--out",
+             str(tmp_path / "alone")]
+    assert cli.main(words) == 0
+    capsys.readouterr()
+    alone = json.loads((tmp_path / "alone/settings.json").read_text())
+    assert Path(alone["task"]) == Path("data/b") and alone["max_length"] == 12
+    assert json.loads((tmp_path / "alone/result.json").read_text())["task"] == "b"
+
+
+def test_tasks_of_a_run_are_trained_together_by_their_names(
+    folders: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "run", "--steps", "2", "--quiet", "--max-length", "10", "--out"]
+    assert cli.main([*words, str(tmp_path / "named"), "--task", "b,a"]) == 0
+    assert cli.main([*words, str(tmp_path / "same")]) == 0
+    for run, task in (("named", "data/b,data/a"), ("same", "data/a, data/b")):
+        asked = json.loads((tmp_path / run / "settings.json").read_text())
+        assert (asked["task"], asked["max_length"]) == (task, 10)  # an option given wins
+
+
+def test_a_task_that_the_run_has_not_learned_is_one_line(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["evaluate", "run", "--task", "c"]) == 2
+    said = capsys.readouterr().err
+    assert "has learned, a, b, but got 'c'" in said and said.count("\n") == 1
 
 
 # --- jobs ---

@@ -26,6 +26,7 @@ from searchpet.recovery import (
     match,
     pairs,
 )
+from searchpet.removal import Cut, remove
 from searchpet.train import loss_of
 from tests.laws import families as tiny
 
@@ -314,6 +315,58 @@ def test_attention_maps_that_a_model_cannot_give_are_refused(who: str) -> None:
     models[who].set_attn_implementation("sdpa")
     with pytest.raises(InputError, match=f"2 layers, but the {who} gives 0; .*eager") as refusal:
         Objective(models["student"], models["teacher"], only("attention"), labelled())
+    assert "\n" not in str(refusal.value)
+
+
+def without_attention(model: nn.Module, layer: int) -> nn.Module:
+    """A copy of a BERT of which one layer has lost its attention."""
+    student = copy.deepcopy(model)
+    remove(student, Cut(sublayers=frozenset({f"bert.encoder.layer.{layer}.attention.output.dense"
+                                             })))
+    return student
+
+
+@pytest.mark.parametrize("form", ["mse", "kl"])
+def test_a_student_that_lost_an_attention_and_a_layer_learns_from_the_maps_that_are_left(
+    form: str
+) -> None:
+    teacher, batch = bert(layers=4, seed=1), labelled()
+    student = without_attention(bert(layers=4), 1)
+    remove(student, Cut(layers=frozenset({"bert.encoder.layer.0"})))
+    student.set_attn_implementation("eager")
+    ours = student(**batch, output_attentions=True).attentions
+    theirs = teacher(**batch, output_attentions=True).attentions
+    assert len(ours) == 2  # of three layers: the first of them has none
+    objective = Objective(student, teacher, only("attention", attention_form=form), batch)
+    taught = [theirs[i - 1] for i in match(3, 4)[1:]]
+    by_hand = attention_loss(list(zip(ours, taught, strict=True)),
+                             batch["attention_mask"].bool(), form)
+    found = objective.loss(batch)
+    assert float(found.detach()) == pytest.approx(float(by_hand.detach()), rel=1e-5)
+    found.backward()
+    own = student.bert.encoder.layer[1].attention.self.query.weight
+    assert own.grad is not None and bool(own.grad.any())
+    hidden_too = Objective(student, teacher, only("attention", "hidden"), batch)
+    assert len(hidden_too.parameters()) == 3  # hidden states are matched in all layers
+
+
+def test_a_teacher_without_an_attention_teaches_the_others() -> None:
+    student, whole, batch = bert(seed=1), bert(), labelled()
+    teacher = without_attention(whole, 0)
+    teacher.set_attn_implementation("eager")
+    (theirs,) = teacher(**batch, output_attentions=True).attentions
+    ours = student(**batch, output_attentions=True).attentions[1]
+    by_hand = attention_loss([(ours, theirs)], batch["attention_mask"].bool(), "mse")
+    assert term("attention", student, teacher, batch) == pytest.approx(
+        float(by_hand.detach()), rel=1e-5)
+
+
+def test_no_pair_of_maps_is_refused() -> None:
+    student, teacher = without_attention(bert(), 0), without_attention(bert(seed=1), 1)
+    for model in (student, teacher):
+        model.set_attn_implementation("eager")
+    with pytest.raises(InputError, match="but none is left; take hidden=1") as refusal:
+        Objective(student, teacher, only("attention"), labelled())
     assert "\n" not in str(refusal.value)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from searchpet import launch
 from searchpet import options as o
 from searchpet.errors import InputError
 
@@ -47,12 +48,17 @@ Plugin = Annotated[list[str], typer.Option(
 def reporter(quiet: bool, log: bool = True) -> Reporter:
     from searchpet.progress import Reporter
 
-    return Reporter(quiet, log)
+    return Reporter(quiet or not launch.leader(), log)
 
 
 def answer(value: Any, as_json: bool, render: Callable[[Any], Iterable[Any]],
             notes: Iterable[str] = ()) -> None:
-    """Print a command's result: on stdout as JSON or as `render` shows it, notes on stderr."""
+    """Print a command's result: on stdout as JSON or as `render` shows it, notes on stderr.
+
+    Of several processes one prints.
+    """
+    if not launch.leader():
+        return
     for note in notes:
         typer.echo(f"warning: {note}", err=True)
     if as_json:
@@ -62,7 +68,7 @@ def answer(value: Any, as_json: bool, render: Callable[[Any], Iterable[Any]],
 
     from searchpet import views
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+    console = Console(highlight=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
     for part in render(views):
         console.print(part, markup=False)
 

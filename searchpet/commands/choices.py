@@ -11,7 +11,7 @@ from searchpet import options as o
 from searchpet.commands import Plugin, answer
 from searchpet.errors import unknown
 
-LISTS = ("kinds", "grains", "strategies", "spaces", "tasks")
+LISTS = ("kinds", "grains", "scores", "strategies", "spaces", "tasks", "knobs")
 
 
 def sites(
@@ -39,7 +39,8 @@ def space(
 
 
 def list_(
-    what: Annotated[str, typer.Argument(help="kinds, grains, strategies, spaces or tasks.")],
+    what: Annotated[str, typer.Argument(
+        help="kinds, grains, scores, strategies, spaces, tasks or knobs.")],
     json_: o.Json = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
     """List what there is, with a line on each."""

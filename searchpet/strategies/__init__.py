@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from searchpet import processes
 from searchpet.errors import InputError
 from searchpet.limits import Keep, Limits
 from searchpet.space import Space
@@ -81,7 +82,8 @@ class Problem:
         which stay.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
-    loss:      loss(batch) runs the backbone with the supernet's current gates.
+    loss:      loss(batch) runs the backbone with the supernet's current gates; each of several
+        processes runs the whole batch, while `spread` has it share the rows.
     rates:     learning rate of each kind, and of `head`.
     room:      factor on the rates at which a step with all units open changes no more than it may.
     steps:     how many steps a learning strategy should take.
@@ -106,6 +108,27 @@ class Problem:
     settle_weights: SettleWeights | None = None
     settle_pet: Settle | None = None
     room: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Several processes take the scores of units from the first, to the last digit."""
+        if processes.size() > 1:
+            score = self.importance
+
+            def agreed(name: str, batches: Sequence[Batch]) -> Tensor:
+                found = score(name, batches)
+                return processes.from_first(lambda: found)
+
+            self.importance = agreed
+
+    def spread(self, batch: Batch) -> Tensor:
+        """`loss`, the rows spread over the processes, if there are several.
+
+        Its gradients in the gates, in what they depend on, and in deltas and head are those of
+        the whole batch.  It can be derived once.
+        """
+        if processes.size() == 1:
+            return self.loss(batch)
+        return processes.mean_loss(self.loss, batch, [self.net.z, *self.net.trained])
 
     @property
     def crowd(self) -> float:
@@ -147,7 +170,7 @@ def descend(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch) ->
     Gates get no gradient.  A delta that no example of the batch reaches has gradient 0.
     """
     weights = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = problem.loss(batch)
+    loss = problem.spread(batch)
     found = torch.autograd.grad(loss, weights, materialize_grads=True)
     for weight, gradient in zip(weights, found, strict=True):
         weight.grad = gradient

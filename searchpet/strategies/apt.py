@@ -55,7 +55,7 @@ def search(
             kept = limits.fill(compare(limits, salience.cpu(), "per_cost"), ease=ease)
             keep.copy_(torch.where(problem.space.prunes, kept, True))
         net.z = keep.float().requires_grad_()
-        loss = problem.loss(problem.train[step])
+        loss = problem.spread(problem.train[step])
         slope, *found = torch.autograd.grad(loss, [net.z, *weights], materialize_grads=True)
         for weight, gradient in zip(weights, found, strict=True):
             weight.grad = gradient

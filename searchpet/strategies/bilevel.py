@@ -80,7 +80,7 @@ def search(
             net.z = torch.ones(len(alpha), device=device)
         else:
             net.z = gates(p, step)
-            (alpha.grad,) = torch.autograd.grad(problem.loss(problem.valid[step]), alpha)
+            (alpha.grad,) = torch.autograd.grad(problem.spread(problem.valid[step]), alpha)
             before = alpha.detach().clone()
             choose.step()
             with torch.no_grad():

@@ -42,6 +42,7 @@ from searchpet.tickets import magnitudes
 from searchpet.updates import low_rank_sparse, matrix_of, updates
 
 TRAINS = True
+WEIGHTS = True  # chooses masks of single weights, if there are any
 SPARSE = True  # keeps single parameters: what a law says of whole units does not hold
 SPACE = "dsee"  # what it chooses from, unless --space says otherwise
 MASKS = "prune/heads_neurons"  # what it prunes by, unless --masks says otherwise
@@ -179,7 +180,7 @@ def _train(problem: Problem, supports: Mapping[str, Tensor]) -> Tensor:
     loop = problem.loop(problem.steps, slopes=slopes, weights=weights, learn=learn)
     for step in loop:
         net.z = torch.ones(len(slopes), device=device).requires_grad_()
-        loss = problem.loss(problem.train[step])
+        loss = problem.spread(problem.train[step])
         slope, *found = torch.autograd.grad(loss, [net.z, *weights], materialize_grads=True)
         for weight, gradient in zip(weights, found, strict=True):
             weight.grad = gradient

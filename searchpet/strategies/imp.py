@@ -34,6 +34,7 @@ from searchpet.strategies import Masks, Problem, Ranking, SettleWeights, law
 from searchpet.tickets import Learner, magnitudes, refilled, stand_in
 
 TRAINS = True
+WEIGHTS = True  # chooses masks of single weights, if there are any
 PRUNES = True  # needs masks and a limit on what they leave
 SHAPES = ("weights", "regroup", "refill")
 
@@ -126,7 +127,7 @@ def _rounds(problem: Problem, learner: Learner, prune: SettleWeights, how: _How)
                 _reshape(problem, learner, masks, found, how)
             learner.rewind()
         left = min((s for cut, s in cuts.items() if cut <= step), default=1.0)
-        loop.report(loss=learner.step(problem.loss, problem.train[step]), left=left)
+        loop.report(loss=learner.step(problem.spread, problem.train[step]), left=left)
 
 
 def _reshape(problem: Problem, learner: Learner, masks: Masks, found: dict[str, Tensor],

@@ -192,7 +192,7 @@ class _Trials:
         problem = self.problem
         problem.net.z = torch.where(problem.space.prunes, keep, True).float()
         with evaluating(problem.net.model):
-            losses = [float(problem.loss(problem.valid[i])) for i in range(self.batches)]
+            losses = [float(problem.spread(problem.valid[i])) for i in range(self.batches)]
         return sum(losses) / len(losses)
 
     @torch.no_grad()

@@ -19,6 +19,7 @@ from searchpet.settle import compare
 from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = True
+WEIGHTS = True  # chooses masks of single weights, if there are any
 PRUNES = True  # needs masks and a limit on what they leave
 
 

@@ -28,6 +28,7 @@ from searchpet.strategies import Problem, Ranking, law
 from searchpet.tickets import Learner, linears, magnitudes
 
 TRAINS = True
+WEIGHTS = True  # chooses masks of single weights, if there are any
 PRUNES = True  # needs masks and a limit on what they leave
 
 
@@ -58,7 +59,7 @@ def search(
             _prune(problem, learner, allocation, ease)
         if step == stop:
             learner.salience.zero_()  # of what was there before the masks were final
-        loop.report(loss=learner.step(problem.loss, problem.train[step]), ease=ease)
+        loop.report(loss=learner.step(problem.spread, problem.train[step]), ease=ease)
     limits = replace(problem, settled=learner.keep.cpu() > 0.5).limits
     score = learner.salience.cpu()
     return Ranking(score, limits.fill(score, density=True))

@@ -30,6 +30,7 @@ from torch import Tensor
 from searchpet.adversary import adversarial, check, tables
 from searchpet.errors import InputError
 from searchpet.gates import concrete, decided, entropy, hard_concrete, location
+from searchpet.processes import average
 from searchpet.strategies import Phases, Problem, Ranking, descend, law
 
 TRAINS = True
@@ -97,7 +98,8 @@ def _learn(problem: Problem, alpha: Tensor, choose: torch.optim.Optimizer, phase
         if not warm:
             net.z = gates(limits.shift(alpha, ease=phases.ease(step)), step)
             found = worst(step)
-            (alpha.grad,) = torch.autograd.grad(found, alpha)
+            (slope,) = torch.autograd.grad(found, alpha)
+            alpha.grad = average(slope)  # each process met an adversary of the whole batch
             choose.step()
             figures["worst"] = found.detach()
         with torch.no_grad():

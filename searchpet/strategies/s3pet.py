@@ -61,7 +61,7 @@ def search(
     def at(batch: dict[str, Tensor], wanted: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the loss under freshly drawn gates."""
         net.z = gate()
-        loss = problem.loss(batch)
+        loss = problem.spread(batch)
         return list(torch.autograd.grad(loss, wanted, materialize_grads=True))
 
     loop = problem.loop(problem.steps, alpha=alpha, weights=weights, learn=learn, choose=choose)

@@ -1,0 +1,148 @@
+"""What a study leaves behind: files of its trials as artifacts, and the best one as a run."""
+
+from __future__ import annotations
+
+import shutil
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.artifacts import download_artifact
+from optuna.artifacts.exceptions import ArtifactNotFound
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from searchpet.errors import InputError
+from searchpet.run import RunFolder
+from searchpet.spec import Spec
+from searchpet.study import root, standing, storage_of, trials_of
+from searchpet.worker import REUSED, RUN, Question
+
+FILES = ("spec.json", "delta.safetensors", "masks.safetensors", "training.json", "log.jsonl",
+         "space.toml")
+STORE = "artifacts"  # study attribute: where the files are; and their folder's name
+S3 = "s3://"
+
+
+def open_store(where: str) -> Any:
+    """The artifact store at a folder or an `s3://BUCKET`.
+
+    Raises InputError for a bucket without boto3.
+    """
+    if not where.startswith(S3):
+        Path(where).mkdir(parents=True, exist_ok=True)
+        return optuna.artifacts.FileSystemArtifactStore(where)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.artifacts.Boto3ArtifactStore(where.removeprefix(S3).rstrip("/"))
+    except ImportError as error:
+        raise InputError(f"--artifacts {where} needs boto3, but it is not installed; pip install "
+                         "boto3, or name a folder") from error
+
+
+def keep(study: Study, question: Question, where: str, trial: Trial, run: Path) -> None:
+    """Store a finished trial's files, if it may become the best one."""
+    if len(question.metrics) == 1 and not _leads(study, trial):
+        return
+    store = open_store(where)
+    for name in FILES:
+        if (run / name).is_file():
+            optuna.artifacts.upload_artifact(
+                artifact_store=store, file_path=str(run / name), study_or_trial=trial)
+
+
+def _leads(study: Study, trial: Trial) -> bool:
+    """Whether no finished trial has a better score."""
+    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    score = trial.user_attrs["score"]
+    return all(t.value is None or t.value <= score for t in done)
+
+
+def winner(study: Study, question: Question) -> FrozenTrial:
+    """The best trial; of several metrics, the one of the front with the best score.
+
+    Raises InputError where no trial has finished, or none within the limits.
+    """
+    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    if not done:
+        now = standing(study)
+        failures = [t.user_attrs["failure"] for t in trials_of(study) if "failure" in t.user_attrs]
+        why = f": {failures[-1]}" if failures else ""
+        raise InputError(f"a study must have a finished trial, but {study.study_name} has "
+                         f"{now.failed} failed and {now.pruned} pruned ones alone{why}")
+    fits = [t for t in done if all(v <= 0 for v in t.constraints.values())]
+    if not fits:
+        limits = ", ".join(f"{k} <= {v:g}" for k, v in question.limits.items())
+        least = {k: min(t.user_attrs[k] for t in done) for k in question.limits}
+        raise InputError(f"a trial must meet {limits}, but the least that {len(done)} trials came "
+                         f"to is {', '.join(f'{k} {v:g}' for k, v in least.items())}; raise the "
+                         "limit, or give the space knobs that lower it")
+    place = question.metrics.index("score")
+    return max(fits, key=lambda t: (t.values[place], -root(t)))
+
+
+def front(study: Study, question: Question) -> list[FrozenTrial]:
+    """The Pareto front by falling score; of one metric, the best trial."""
+    if len(question.metrics) == 1:
+        return [winner(study, question)]
+    place = question.metrics.index("score")
+    return sorted(study.best_trials, key=lambda t: -t.values[place])
+
+
+def fetch(study: Study, folder: Path, trial: FrozenTrial, out: RunFolder) -> Spec:
+    """Write a trial's files to `out`: from the study's folder, else from the artifacts.
+
+    Raises InputError where they are in neither.
+    """
+    for source in sources(study, trial):
+        run = folder / str(source.user_attrs.get(RUN, "nowhere"))
+        if (run / "delta.safetensors").is_file():
+            out.path.mkdir(parents=True, exist_ok=True)
+            for name in FILES:
+                if (run / name).is_file():
+                    _whole(out.path / name, partial(shutil.copyfile, run / name))
+            return Spec.load(out.path)
+        metas = optuna.artifacts.get_all_artifact_meta(source, storage=storage_of(study))
+        if any(meta.filename == "delta.safetensors" for meta in metas):
+            _download(study, metas, out)
+            return Spec.load(out.path)
+    raise InputError(f"trial {trial.number} must have left its files in {folder} or as artifacts, "
+                     f"but both lack them; run where {study.user_attrs.get(STORE)} can be read, "
+                     "or name it with --artifacts")
+
+
+def sources(study: Study, trial: FrozenTrial) -> list[FrozenTrial]:
+    """The trial, and those that it has taken its score from."""
+    by_number = {t.number: t for t in trials_of(study)}
+    found = [trial]
+    while (number := found[-1].user_attrs.get(REUSED)) in by_number:
+        found.append(by_number[number])
+    same = [t for t in by_number.values() if root(t) in {root(f) for f in found}]
+    return [*found, *(t for t in same if t not in found)]
+
+
+def _download(study: Study, metas: Sequence[Any], out: RunFolder) -> None:
+    where = str(study.user_attrs.get(STORE))
+    store = open_store(where)
+    out.path.mkdir(parents=True, exist_ok=True)
+    for meta in metas:
+        if meta.filename in FILES:
+            def load(target: Path, name: str = meta.artifact_id) -> None:
+                download_artifact(artifact_store=store, artifact_id=name, file_path=str(target))
+
+            try:
+                _whole(out.path / meta.filename, load)
+            except ArtifactNotFound as error:
+                raise InputError(f"artifacts must hold {meta.filename}, but {where} does not; "
+                                 "name the right place with --artifacts") from error
+
+
+def _whole(target: Path, write: Callable[[Path], Any]) -> None:
+    """Write a file whole or not at all."""
+    part = target.with_name(f"{target.name}.partial")
+    write(part)
+    part.replace(target)

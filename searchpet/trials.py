@@ -1,0 +1,179 @@
+"""A look at a study: its trials, what its knobs matter, figures, and a page that holds them.
+
+Figures and importances are Optuna's own: PED-ANOVA (Watanabe et al. 2023, arXiv:2304.10255).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from searchpet.collect import front
+from searchpet.errors import InputError
+from searchpet.run import RunFolder
+from searchpet.study import FAILURE, join, root, standing, trials_of
+from searchpet.tune import FILE, question_of
+from searchpet.worker import REUSED, Question
+
+SIZE = (8.0, 4.5)  # inches
+DOTS = 150  # per inch
+WORST = 1.1  # the hypervolume's reference point, in units of the worst value of each metric
+
+
+def look(study: str, storage: str | None = None) -> tuple[Study, Question]:
+    """A study by name in a storage, or by the folder of its run.
+
+    Raises InputError where neither is there.
+    """
+    file = Path(study) / FILE
+    if storage is None and not file.is_file():
+        raise InputError(f"trials takes the folder of a tune's run, or --storage and a study's "
+                         f"name, but {study} holds no {FILE}")
+    made = join(storage or f"sqlite:///{file}", study if storage else None)
+    return made, question_of(made, None, "cpu")
+
+
+def summary(study: Study, question: Question) -> dict[str, Any]:
+    """The study as plain values: counts, rows of trials, importances, the front."""
+    now = standing(study)
+    latest = {root(t): t for t in trials_of(study)}
+    return {
+        "study": study.study_name, "metrics": list(question.metrics),
+        "wanted": question.trials, "complete": now.complete, "pruned": now.pruned,
+        "failed": now.failed, "running": now.running, "waiting": now.waiting,
+        "front": [t.number for t in front(study, question)] if now.complete else [],
+        "importances": importances(study, question),
+        "trials": [_row(t, question) for t in latest.values()]}
+
+
+def _row(trial: FrozenTrial, question: Question) -> dict[str, Any]:
+    """A trial as plain values; values of a pruned one are those of its last rung."""
+    values = dict(zip(question.metrics, trial.values or (), strict=False))
+    if not values and trial.intermediate_values:
+        values = {"score": trial.intermediate_values[max(trial.intermediate_values)]}
+    return {
+        "number": trial.number, "state": trial.state.name.lower(), **values,
+        "steps": max(trial.intermediate_values, default=None),
+        "seconds": trial.user_attrs.get("seconds"), "reused": trial.user_attrs.get(REUSED),
+        "spec_hash": trial.user_attrs.get("spec_hash"), "params": trial.params,
+        "failure": trial.user_attrs.get(FAILURE)}
+
+
+def importances(study: Study, question: Question) -> dict[str, float]:
+    """Knob -> share of what it matters for the score; empty with fewer than two trials."""
+    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    if len(done) < 2 or not any(t.params for t in done):
+        return {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return dict(optuna.importance.get_param_importances(
+            study, target=None if len(question.metrics) == 1 else _score(question)))
+
+
+def _score(question: Question) -> Callable[[FrozenTrial], float]:
+    place = question.metrics.index("score")
+    return lambda trial: -float(trial.values[place])  # lower is better, to the evaluator
+
+
+def figures(study: Study, question: Question) -> dict[str, bytes]:
+    """Name -> PNG: history, importance, and rungs or the front with its hypervolume."""
+    drawn = optuna.visualization.matplotlib
+    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    several = len(question.metrics) > 1
+    place = question.metrics.index("score")
+    score = (lambda t: t.values[place]) if several else None
+    plots: dict[str, Callable[[], Any]] = {
+        "history": lambda: drawn.plot_optimization_history(
+            study, target=score, target_name="score")}
+    if len(done) > 1:
+        plots["importance"] = lambda: drawn.plot_param_importances(
+            study, target=_score(question) if several else None, target_name="score")
+    if question.prunes:
+        plots["rungs"] = lambda: drawn.plot_intermediate_values(study)
+    if several and done:
+        plots |= {"front": lambda: _front(study, question),
+                  "hypervolume": lambda: drawn.plot_hypervolume_history(
+                      study, _reference(done, question))}
+    return {name: _png(plot) for name, plot in plots.items()} if done else {}
+
+
+def _front(study: Study, question: Question) -> Any:
+    """The front of the first two metrics; Optuna draws no more than three."""
+    names = question.metrics[:2]
+    return optuna.visualization.matplotlib.plot_pareto_front(
+        study, targets=lambda t: [t.values[i] for i in range(len(names))],
+        target_names=list(names))
+
+
+def _reference(done: list[FrozenTrial], question: Question) -> list[float]:
+    """A point that every trial is at least as good as: 0 for the score, beyond the worst else."""
+    worst = [max(t.values[i] for t in done) for i in range(len(question.metrics))]
+    return [0.0 if name == "score" else WORST * value
+            for name, value in zip(question.metrics, worst, strict=True)]
+
+
+def _png(plot: Callable[[], Any]) -> bytes:
+    import matplotlib.pyplot as plt
+
+    matplotlib.use("agg")
+    with warnings.catch_warnings(), plt.style.context("default"):
+        warnings.simplefilter("ignore")
+        axes = plot()
+        figure = axes.figure if hasattr(axes, "figure") else axes[0].figure
+        figure.set_size_inches(*SIZE)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=DOTS, bbox_inches="tight")
+        plt.close(figure)
+    return buffer.getvalue()
+
+
+PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ s.study }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
+img { max-width: 100%; height: auto } .wide { overflow-x: auto }
+table { border-collapse: collapse; font-size: .85rem } td, th { padding: .2rem .6rem;
+text-align: right; border-bottom: 1px solid #ddd }
+td:last-child, th:last-child { text-align: left }
+tr.best { background: #e8f2fb }
+</style></head><body>
+<h1>{{ s.study }}</h1>
+<p>{{ s.complete }} complete, {{ s.pruned }} pruned, {{ s.failed }} failed of {{ s.wanted }}
+trials; judged by {{ s.metrics | join(", ") }}.</p>
+{% for name, png in figures.items() %}<h2>{{ name }}</h2>
+<img alt="{{ name }}" src="data:image/png;base64,{{ png }}">{% endfor %}
+<h2>trials</h2><div class="wide"><table><tr><th>trial</th><th>state</th>
+{% for m in s.metrics %}<th>{{ m }}</th>{% endfor %}
+<th>steps</th><th>seconds</th><th>knobs</th></tr>
+{% for t in s.trials %}<tr{% if t.number in s.front %} class="best"{% endif %}>
+<td>{{ t.number }}</td><td>{{ t.state }}</td>
+{% for m in s.metrics %}<td>{{ "%.4g" | format(t[m]) if t[m] is defined else "" }}</td>{% endfor %}
+<td>{{ t.steps or "" }}</td><td>{{ t.seconds or "" }}</td>
+<td>{% if t.failure %}{{ t.failure }}{% else %}{% for k, v in t.params.items() %}{{ k }}={{
+"%.3g" | format(v) if v is float else v }} {% endfor %}{% endif %}
+{% if t.reused is not none %}(as trial {{ t.reused }}){% endif %}</td></tr>{% endfor %}
+</table></div></body></html>
+""")
+
+
+def write(study: Study, question: Question, out: str | Path) -> list[Path]:
+    """Figures as PNG, and study.html that holds them and the table; the files' paths."""
+    folder = RunFolder(out)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    drawn = figures(study, question)
+    for name, png in drawn.items():
+        (folder.path / f"{name}.png").write_bytes(png)
+    images = {name: base64.b64encode(png).decode() for name, png in drawn.items()}
+    folder.write_text("study.html", PAGE.render(s=summary(study, question), figures=images))
+    return [folder.path / f"{name}.png" for name in drawn] + [folder.path / "study.html"]

@@ -1,0 +1,325 @@
+"""The outer loop: a study of searches, run by one process or by many, that leaves a run behind.
+
+The parent makes the study and, with several jobs, starts workers that join it by name; workers on
+other machines join in the same way.  Nothing of a study lies in memory alone: any of them may die.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from searchpet.ask import STRATEGY, Ask
+from searchpet.collect import STORE, fetch, front, keep, winner
+from searchpet.engine import Result, default_out, latencies, values_of
+from searchpet.errors import InputError
+from searchpet.latency import Table
+from searchpet.measures import DIRECTIONS, check_metrics
+from searchpet.multitask import open_session
+from searchpet.propose import budget_of, version
+from searchpet.pruning import Prune
+from searchpet.pruning import asked as prune_to
+from searchpet.run import Listener, RunFolder, silent
+from searchpet.session import Session
+from searchpet.settings import Settings, asked
+from searchpet.study import (
+    OURS,
+    create,
+    join,
+    open_storage,
+    pruner,
+    run_proxy,
+    sampler,
+    standing,
+    trials_of,
+)
+from searchpet.tunefile import DEFAULT, TuneFile, read_tune
+from searchpet.worker import REUSED, Question, Worker
+from searchpet.workers import Crew, run_workers
+
+FACTOR, RUNGS, LEAST = 4, 3, 20  # between two rungs; rungs at most; steps of the first at least
+UNTIL = "until"  # study attribute: the time after which no trial begins
+LATENCY = "latency"  # study attribute: what units take, by which all trials are priced
+FILE = "study.db"
+DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)")
+TPE = "tpe"  # as a strategy: the outer loop is the search
+
+
+def tune(
+    *,
+    trials: int = 50,
+    timeout: str | None = None,
+    study: str | None = None,
+    storage: str | None = None,
+    jobs: int = 1,
+    metric: str = "score",
+    limit: Mapping[str, str] | None = None,
+    knobs: str | None = None,
+    sampler: str = "tpe",
+    pruner: str = "halving",
+    artifacts: str | None = None,
+    strategy: str = STRATEGY,
+    budget: str = "0.01%",
+    keep_flops: str | None = None,
+    keep_weights: str | None = None,
+    keep_latency: str | None = None,
+    masks: str | None = None,
+    count_head: bool = False,
+    test: bool = False,
+    out: str | Path | None = None,
+    resume: bool = False,
+    plugins: Sequence[str] = (),
+    say: Callable[[str], None] = print,
+    listener: Listener = silent,
+    **settings: Any,
+) -> Result:
+    """Turn the knobs of a search for `trials` trials; leave the best one in `out` as a run.
+
+    knobs: a tuning space by name or file; by default one that suits the rest.  metric: some of
+    score, trainable, flops, latency, joined by commas; limit: the largest value of a metric that
+    the best may have.  strategy: of trials where no knob chooses one; `tpe`: none, the knobs are
+    the structure.  storage: address of a database; by default a file in `out`.  jobs: processes
+    on this machine.  timeout: such as 90s, 30m, 2h; no trial begins later.  test: score the best
+    one on the test split, once, at the end.  settings: fields of `Settings`.
+    Raises InputError for whatever is wrong with the input.
+    """
+    chosen, seconds = Settings(**settings), duration(timeout)
+    own = STRATEGY if strategy == TPE else strategy
+    prune = prune_to(keep_flops, keep_weights, keep_latency, masks, own)
+    ask = Ask(own, None, {}, budget, count_head, prune)
+    metrics = tuple(name.strip() for name in metric.split(","))
+    question = Question(
+        chosen, ask, read_tune(knobs or knobs_for(metrics, prune, strategy)), trials,
+        rungs(chosen.steps), metrics, limits_of(limit or {}), sampler, pruner)
+    _check(question, jobs)
+    folder = RunFolder(out or default_out(chosen, replace(ask, strategy="tune")))
+    folder.start(_written(question), resume)
+    session = open_session(chosen, listener)
+    budget_of(session, budget, count_head)
+    table = latencies(session, folder, ask)
+    crew = Crew(storage or f"sqlite:///{folder.path / FILE}", study or folder.path.name,
+                folder.path, jobs, artifacts or str((folder.path / STORE).resolve()),
+                chosen.data, chosen.device, tuple(plugins))
+    made = create(crew.storage, crew.study, question.directions, about(question), resume)
+    made.set_user_attr("trials", trials)
+    made.set_user_attr(STORE, crew.artifacts)
+    made.set_user_attr(LATENCY, table.model_dump() if table else None)
+    made.set_user_attr(UNTIL, time.time() + seconds if seconds else None)
+    if jobs > 1:
+        for start in question.space.starts()[:trials]:
+            made.enqueue_trial(start, skip_if_exists=True)
+        run_workers(crew, made, say)
+    else:
+        _worker(made, question, session, folder.path, say).work()
+    return finish(made, question, session, folder, test)
+
+
+def work(storage: str, study: str | None, *, out: str | Path | None = None,
+         data: str | None = None, device: str = "auto", say: Callable[[str], None] = print,
+         listener: Listener = silent) -> None:
+    """Be a worker of a study that `tune` has made, until it has all its trials.
+
+    out: where trials leave their files; data: where the task lies on this machine.
+    Raises InputError for a study that is not there or is of another version.
+    """
+    made = join(storage, study)
+    question = question_of(made, data, device)
+    session = open_session(question.settings, listener)
+    folder = Path(out or f"runs/{made.study_name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    _worker(made, question, session, folder, say).work()
+
+
+def collect(storage: str, study: str | None, *, out: str | Path | None = None,
+            data: str | None = None, device: str = "auto", artifacts: str | None = None,
+            test: bool = False, listener: Listener = silent) -> Result:
+    """Write the best trial of a study to `out`, on whatever machine.
+
+    Raises InputError as `work` does, and where no trial has finished.
+    """
+    made = join(storage, study)
+    if artifacts:
+        made.set_user_attr(STORE, artifacts)
+    question = question_of(made, data, device)
+    winner(made, question)
+    folder = RunFolder(out or f"runs/{made.study_name}")
+    folder.path.mkdir(parents=True, exist_ok=True)
+    return finish(made, question, open_session(question.settings, listener), folder, test)
+
+
+def serve(storage: str, address: str) -> None:
+    """Stand before a database as a gRPC proxy until interrupted.
+
+    Raises InputError for an address that is none, or taken, and where grpcio is not installed.
+    """
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        raise InputError(f"--serve must read HOST:PORT, but got {address!r}")
+    run_proxy(open_storage(storage), host or "localhost", int(port))
+
+
+def finish(study: Study, question: Question, session: Session, folder: RunFolder,
+           test: bool = False) -> Result:
+    """Write the best trial's files and result.json; of several metrics, the front as well."""
+    best = winner(study, question)
+    spec = fetch(study, folder.path, best, folder)
+    leading = front(study, question)
+    for trial in leading if len(question.metrics) > 1 else ():
+        fetch(study, folder.path, trial, folder.sub(f"front/{trial.number:04d}"))
+    session.settings = replace(question.settings, tau=_tau(best, question))
+    row = dict(folder.read_json("training.json"))
+    if test:
+        row |= _tested(session, folder)
+    now = standing(study)
+    values = {
+        **values_of(session, spec, row, test), "strategy": spec.provenance["strategy"],
+        "space": spec.provenance["space"], "controls": _known_good(study, question, best),
+        "full_finetune": None,
+        "study": {
+            "name": study.study_name, "trial": best.number, "trials": now.finished,
+            "pruned": now.pruned, "failed": now.failed, "params": best.params,
+            "front": [{"trial": t.number, **dict(zip(question.metrics, t.values, strict=True))}
+                      for t in leading]}}
+    if not folder.has("settings.json"):
+        folder.write_json("settings.json", _written(question))
+    folder.write_json("result.json", values)
+    return Result(folder.path, spec, values)
+
+
+def _known_good(study: Study, question: Question, best: FrozenTrial) -> list[dict[str, Any]]:
+    """Rows for the comparison: what the settings that were tried first came to."""
+    rows = []
+    starts = question.space.starts()
+    for trial in trials_of(study):
+        if (trial.params in starts and trial.number != best.number and trial.values
+                and REUSED not in trial.user_attrs):
+            strategy = str(trial.params.get("strategy", "start"))
+            rows.append({
+                "name": "defaults" if trial.params == starts[0] else strategy,
+                "score": trial.user_attrs["score"],
+                "trainable": int(trial.user_attrs["trainable"])})
+    return rows
+
+
+def _tested(session: Session, folder: RunFolder) -> dict[str, Any]:
+    """The best trial's metrics on test: the one time that test data is touched."""
+    from searchpet.engine import evaluate
+
+    metrics = evaluate(folder.path, data=session.settings.data, split="test")
+    return {"metrics": metrics, "score": next(iter(metrics.values()))}
+
+
+def _worker(study: Study, question: Question, session: Session, folder: Path,
+            say: Callable[[str], None]) -> Worker:
+    until = study.user_attrs.get(UNTIL)
+    where = str(study.user_attrs[STORE])
+    if table := study.user_attrs.get(LATENCY):
+        session.table = Table.model_validate(table)
+    return Worker(question, study, session, folder, say,
+                  partial(keep, study, question, where), until or float("inf"))
+
+
+def about(question: Question) -> dict[str, Any]:
+    """What must not change in a study, as plain values.  Where data and devices are may."""
+    settings = {k: v for k, v in asdict(question.settings).items() if k not in ("data", "device")}
+    return {
+        "version": _compatible(version()), "settings": settings, "ask": question.ask.settings(),
+        "space": question.space.model_dump(mode="json"), "metrics": list(question.metrics),
+        "limits": dict(question.limits), "rungs": list(question.rungs),
+        "sampler": question.sampler, "pruner": question.pruner}
+
+
+def question_of(study: Study, data: str | None, device: str) -> Question:
+    """What a study is of.  Raises InputError for one of another version."""
+    had = study.user_attrs[OURS]
+    if had.get("version") != _compatible(version()):
+        raise InputError(f"study {study.study_name} must be of version {_compatible(version())}, "
+                         f"which runs here, but was made by {had.get('version')}; install that "
+                         "one, or begin a new study")
+    ask = {k: v for k, v in had["ask"].items() if k not in ("space", "prune")}
+    prune = Prune(**had["ask"]["prune"]) if had["ask"]["prune"] else None
+    return Question(
+        Settings(**had["settings"], data=data, device=device), Ask(**ask, prune=prune),
+        TuneFile.model_validate(had["space"]), int(study.user_attrs["trials"]),
+        tuple(had["rungs"]), tuple(had["metrics"]), had["limits"], had["sampler"], had["pruner"])
+
+
+def _written(question: Question) -> dict[str, Any]:
+    """The content of settings.json: model, task and data stand where every run has them."""
+    return {**asked(question.settings), "command": "tune",
+            **{k: v for k, v in about(question).items() if k != "settings"}}
+
+
+def _compatible(text: str) -> str:
+    """The part of a version that a study depends on: 0.3.1 -> 0.3."""
+    return ".".join(text.split(".")[:2])
+
+
+def _check(question: Question, jobs: int) -> None:
+    """Raise InputError for what cannot be asked of a study."""
+    for name, value in (("--trials", question.trials), ("--jobs", jobs)):
+        if value < 1:
+            raise InputError(f"{name} must be >= 1, but got {value}")
+    check_metrics([*question.metrics, *question.limits])
+    if "score" not in question.metrics or len(set(question.metrics)) < len(question.metrics):
+        raise InputError("--metric must be score, or score and others, each once, but got "
+                         f"{','.join(question.metrics)}")
+    sampler(question.sampler, 0)
+    pruner(question.pruner, question.rungs)
+
+
+def rungs(steps: int) -> tuple[int, ...]:
+    """Steps of a trial's tries: the last one has all of them, those before a quarter each."""
+    found = [steps]
+    while len(found) < RUNGS and found[0] // FACTOR >= LEAST:
+        found.insert(0, found[0] // FACTOR)
+    return tuple(found)
+
+
+def knobs_for(metrics: Sequence[str], prune: Prune | None, strategy: str) -> str:
+    """The tuning space that suits what is asked for."""
+    if strategy == TPE:
+        return "autopeft"
+    if {"flops", "latency"} & set(metrics):
+        return "inference"
+    if prune is not None:
+        return "prune"
+    return "pareto" if len(metrics) > 1 else DEFAULT
+
+
+def limits_of(given: Mapping[str, str]) -> dict[str, float]:
+    """METRIC -> the largest value allowed.  Raises InputError for what nobody can meet."""
+    found = {}
+    for name, text in given.items():
+        if name not in DIRECTIONS or name == "score":
+            raise InputError(f"--limit must be of trainable, flops or latency, but got {name}")
+        try:
+            found[name] = float(text)
+        except ValueError as error:
+            raise InputError(f"--limit {name} must be a number, but got {text!r}") from error
+        if not 0 < found[name] < float("inf"):
+            raise InputError(f"--limit {name} must be above 0, which nothing undercuts, but got "
+                             f"{text}")
+    return found
+
+
+def duration(text: str | None) -> float | None:
+    """Seconds of `90s`, `30m`, `2h`, `90`.  Raises InputError for anything else."""
+    if text is None:
+        return None
+    match = DURATION.fullmatch(text.strip())
+    if not match or float(match[1]) == 0:
+        raise InputError(f"--timeout must be a time such as 90s, 30m or 2h, but got {text!r}")
+    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
+
+
+def _tau(trial: FrozenTrial, question: Question) -> float:
+    return float(trial.params.get("tau", question.settings.tau))

@@ -1,0 +1,318 @@
+"""A worker of the outer loop: Optuna turns the knobs of the search, trial after trial.
+
+A trial is a search and a training, first with few steps, then with more while it is among the
+better ones (successive halving: Li et al. 2018, arXiv:1810.05934), at last with as many as were
+asked for.  Structures are hashed: one that was trained before, with the same steps and tau, is not
+trained again.  Every worker does the same: it takes the next trial until there are enough.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from searchpet.ask import OWN, Ask
+from searchpet.discover import discover
+from searchpet.engine import outcome_row
+from searchpet.errors import InputError
+from searchpet.knobs import Values, ask_of, settings_of
+from searchpet.ledger import claim
+from searchpet.measures import DIRECTIONS, measures
+from searchpet.propose import budget_of, propose
+from searchpet.run import RunFolder
+from searchpet.session import Session
+from searchpet.settings import Settings
+from searchpet.site import Site
+from searchpet.spacefile import SpaceFile, read_space, toml
+from searchpet.spec import Spec
+from searchpet.study import (
+    FAILURE,
+    Standing,
+    Surplus,
+    admit,
+    again,
+    pruner,
+    root,
+    sampler,
+    standing,
+    take_back,
+    trials_of,
+)
+from searchpet.tunefile import Knob, TuneFile
+
+REUSED = "reused"  # trial attribute: the trial whose score was taken over
+RUN = "run"  # trial attribute: the folder of its last rung, in the study's folder
+PAUSE = 1.0  # seconds between looks at whether another worker's trial has ended or died
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a study is of; every worker has the same.
+
+    rungs: steps of a trial's searches and trainings, rising; metrics: what trials are judged by;
+    limits: metric -> the largest value that is allowed.
+    """
+
+    settings: Settings
+    ask: Ask
+    space: TuneFile
+    trials: int
+    rungs: tuple[int, ...]
+    metrics: tuple[str, ...] = ("score",)
+    limits: Mapping[str, float] = field(default_factory=dict)
+    sampler: str = "tpe"
+    pruner: str = "halving"
+
+    @property
+    def directions(self) -> list[str]:
+        return [DIRECTIONS[name] for name in self.metrics]
+
+    @property
+    def prunes(self) -> bool:
+        """Whether trials are compared before their end: Optuna can do so by one metric."""
+        return len(self.metrics) == 1 and self.pruner != "none"
+
+
+@dataclass
+class Worker:
+    """One process of a study.
+
+    folder: where trials leave their runs; say: gets a line per trial; store: keeps the files of a
+    finished trial; deadline: time after which no trial is begun.
+    """
+
+    question: Question
+    study: Study
+    session: Session
+    folder: Path
+    say: Callable[[str], None] = print
+    store: Callable[[Trial, Path], None] = lambda trial, path: None
+    deadline: float = math.inf
+
+    def __post_init__(self) -> None:
+        self._began, self._first = time.time(), standing(self.study).finished
+
+    @cached_property
+    def _base(self) -> SpaceFile:
+        return read_space(self.question.space.base)
+
+    @cached_property
+    def _sites(self) -> tuple[Site, ...]:
+        with self.session.fresh(self.question.settings.seed) as model:
+            return discover(model)
+
+    def work(self) -> None:
+        """Take trials until there are enough, and none is left behind by a worker that died."""
+        take_back(self.study)
+        while time.time() < self.deadline:
+            now = standing(self.study)
+            if now.waiting or now.fresh < self.question.trials:
+                self._next(now)
+            elif now.running:
+                time.sleep(PAUSE)
+                take_back(self.study)
+            else:
+                return
+
+    def _next(self, now: Standing) -> None:
+        """Run one trial.  What it samples depends on its number and on what is finished, so that
+        a study that was cut off goes on to the same trials.
+        """
+        q = self.question
+        if not now.waiting:
+            self._start_with_known_good()
+        waiting = [root(t) for t in trials_of(self.study) if t.state == TrialState.WAITING]
+        number = min(waiting, default=now.fresh)
+        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + number)
+        self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs)
+        running: list[Trial] = []
+
+        def objective(trial: Trial) -> Any:
+            running.append(trial)
+            return self._run(trial)
+
+        try:
+            # the first: it was taken for dead, and somebody repeats it
+            with suppress(optuna.exceptions.UpdateFinishedTrialError):
+                self.study.optimize(objective, n_trials=1, catch=(InputError, Surplus))
+        except KeyboardInterrupt:
+            if running:
+                again(self.study, _frozen(self.study, running[0].number))
+            raise
+
+    def _start_with_known_good(self) -> None:
+        """Enqueue the next of the settings to try first that nobody has tried.  One at a time:
+        a trial that was cut off is to be repeated before the next one begins.
+        """
+        tried = [t.params or t.system_attrs.get("fixed_params") for t in trials_of(self.study)]
+        for start in self.question.space.starts():
+            if start not in tried:
+                self.study.enqueue_trial(start)
+                return
+
+    def _run(self, trial: Trial) -> Any:
+        """A trial, from its knobs to its values; a failure says why."""
+        frozen = admit(self.study, trial, self.question.trials)
+        began = time.monotonic()
+        try:
+            values = suggest(trial, self.question.space)
+            found = self._reuse(trial) or self._tried(trial, frozen, values)
+        except optuna.TrialPruned as pruned:
+            self._tell(trial, f"pruned: {pruned}", began)
+            raise
+        except InputError as error:
+            trial.set_user_attr(FAILURE, str(error))
+            self._tell(trial, f"failed: {error}", began)
+            raise
+        self._tell(trial, ", ".join(f"{k} {v:.6g}" for k, v in found.items()), began)
+        return tuple(found.values())
+
+    def _tell(self, trial: Trial, what: str, began: float) -> None:
+        """A line on a trial that has ended, with the time that is left at this pace."""
+        trial.set_user_attr("seconds", round(time.monotonic() - began, 3))
+        now, wanted = standing(self.study), self.question.trials
+        done = now.finished + 1
+        pace = (time.time() - self._began) / max(1, done - self._first)
+        left = max(0.0, min(pace * (wanted - done), self.deadline - time.time()))
+        self.say(f"[{done}/{wanted}, about {left / 60:.0f} min left] trial {trial.number}: {what}"
+                 f"{self._best()}")
+
+    def _best(self) -> str:
+        """What the trials before have come to."""
+        with suppress(ValueError):
+            if len(self.question.metrics) > 1:
+                return f"; {len(self.study.best_trials)} on the front before"
+            best = self.study.best_trial
+            return f"; best before {self.study.best_value:.6g}, trial {best.number}"
+        return ""
+
+    def _reuse(self, trial: Trial) -> dict[str, float] | None:
+        """The values of an earlier trial with the same knobs, if there is one.
+
+        Raises TrialPruned where that one was pruned.
+        """
+        for other in trials_of(self.study):
+            if other.number < trial.number and other.params == trial.params:
+                if other.state == TrialState.COMPLETE:
+                    return self._copied(trial, other)
+                if other.state == TrialState.PRUNED:
+                    trial.set_user_attr(REUSED, other.number)
+                    for step, value in other.intermediate_values.items():
+                        trial.report(value, step)
+                    raise optuna.TrialPruned(f"the settings of trial {other.number}")
+        return None
+
+    def _copied(self, trial: Trial, other: FrozenTrial) -> dict[str, float]:
+        """The values and attributes of another trial."""
+        trial.set_user_attr(REUSED, other.number)
+        for name in ("score", "trainable", "flops", "latency", "head", "spec_hash"):
+            if name in other.user_attrs:
+                trial.set_user_attr(name, other.user_attrs[name])
+        self._constrain(trial, other.user_attrs)
+        for step, value in other.intermediate_values.items():
+            trial.report(value, step)
+        return dict(zip(self.question.metrics, other.values or (), strict=True))
+
+    def _constrain(self, trial: Trial, found: Mapping[str, float]) -> None:
+        for name, most in self.question.limits.items():
+            trial.set_constraint(name, found[name] - most)
+
+    def _tried(self, trial: Trial, frozen: FrozenTrial, values: Values) -> dict[str, float]:
+        """Search and train with more and more steps."""
+        q, session = self.question, self.session
+        limit = budget_of(session, q.ask.budget, q.ask.count_head)[1]
+        head = session.head_size if q.ask.count_head else 0
+        ask = ask_of(values, self._base, q.ask, self._sites, limit, head)
+        known_good = values in q.space.starts()  # they are what others are measured by
+        with _own_folder(self.folder, frozen) as own:
+            for steps in q.rungs if q.prunes else q.rungs[-1:]:
+                folder = own.sub(str(steps))
+                session.settings = settings_of(values, q.settings, steps)
+                spec, score = self._rung(trial, folder, ask)
+                if q.prunes:
+                    trial.report(score, steps)
+                    if steps < q.rungs[-1] and not known_good and trial.should_prune():
+                        raise optuna.TrialPruned(f"{score:.6g} after {steps} steps")
+            found = measures(session, spec, score, {*q.metrics, *q.limits})
+            for name, value in {**found, "head": session.head_size}.items():
+                trial.set_user_attr(name, value)
+            trial.set_user_attr(RUN, folder.path.relative_to(self.folder).as_posix())
+            self._constrain(trial, found)
+            self.store(trial, folder.path)
+        return {name: found[name] for name in q.metrics}
+
+    def _rung(self, trial: Trial, folder: RunFolder, ask: Ask) -> tuple[Spec, float]:
+        """Search, then train, unless that structure was trained so in an earlier trial."""
+        session, seed = self.session, self.session.settings.seed
+        session.job = f"trial {trial.number}"
+        if not folder.has("spec.json"):
+            spec, seconds = propose(session, folder, ask, seed)
+            if ask.file:
+                folder.write_text(OWN, toml(ask.file))
+            folder.write_json("search.json", {"seconds": seconds})
+            folder.write_text("spec.json", spec.text())
+        folder.drop("search*.checkpoint.safetensors")
+        spec = Spec.load(folder.path)
+        key = f"{spec.hash[:16]} tau {session.settings.tau:.6g} steps {session.settings.steps}"
+        trial.set_user_attr("spec_hash", spec.hash)
+        if (known := self._known(key)) is not None and not folder.has("training.json"):
+            trial.set_user_attr(REUSED, known.number)
+            folder.write_json("reused.json", {"run": known.user_attrs.get(RUN)})
+            trial.set_user_attr(key, known.user_attrs[key])
+            return spec, float(known.user_attrs[key])
+        if not folder.has("training.json"):
+            folder.write_json("training.json", outcome_row(session.fit(spec, folder, seed)))
+        folder.drop("train.checkpoint.safetensors")
+        score = float(folder.read_json("training.json")["validation_score"])
+        trial.set_user_attr(key, score)
+        return spec, score
+
+    def _known(self, key: str) -> FrozenTrial | None:
+        """The first trial that has trained this structure in this way."""
+        return next((t for t in trials_of(self.study) if key in t.user_attrs), None)
+
+
+def suggest(trial: Trial, space: TuneFile) -> dict[str, Any]:
+    """A value for every knob that counts, in the order of the file."""
+    values: dict[str, Any] = {}
+    for knob in space.knob:
+        if knob.counts(values):
+            values[knob.name] = _suggested(trial, knob)
+    return values
+
+
+def _suggested(trial: Trial, knob: Knob) -> Any:
+    if knob.choices:
+        return trial.suggest_categorical(knob.name, knob.choices)
+    assert knob.low is not None  # a knob has choices, or both ends
+    assert knob.high is not None
+    if knob.whole:
+        return trial.suggest_int(knob.name, int(knob.low), int(knob.high), log=knob.log)
+    return trial.suggest_float(knob.name, knob.low, knob.high, log=knob.log)
+
+
+def _frozen(study: Study, number: int) -> FrozenTrial:
+    return next(t for t in study.get_trials(deepcopy=False) if t.number == number)
+
+
+@contextmanager
+def _own_folder(study: Path, frozen: FrozenTrial) -> Iterator[RunFolder]:
+    """A trial's folder: that of the trial which it repeats, since its checkpoints are there, or
+    one of its own where a process holds that one still.
+    """
+    path = study / "trials" / f"{root(frozen):04d}"
+    with claim(path) as mine:
+        if mine:
+            yield RunFolder(path)
+            return
+    yield RunFolder(path.with_name(f"{path.name}-{frozen.number}"))

@@ -1,0 +1,451 @@
+"""The outer loop: trials, workers that die, what a study leaves behind; real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+
+from searchpet import cli
+from searchpet.errors import InputError
+from searchpet.run import RunFolder
+from searchpet.spec import Spec
+from searchpet.study import WORKER, join, root, shown, standing, take_back, trials_of
+from searchpet.tune import duration, limits_of, rungs
+from tests.commands import ROOT, workplace
+
+SMALL = ["--model", "tiny", "--task", "films", "--budget", "5%", "--steps", "80",
+         "--batch-size", "8", "--device", "cpu"]
+JOB = ["tune", *SMALL]
+FAST = '''description = "two strategies without a search, three rates"
+base = "nano"
+[[knob]]
+name = "strategy"
+choices = ["random:unit", "uniform:bias"]
+[[knob]]
+name = "tau"
+choices = [0.1, 0.3, 0.03]
+'''
+QUICK = [*JOB, "--steps", "20", "--knobs", "fast.toml"]  # a trial takes about a second
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("tune")
+    with workplace(folder, tiny_folder):
+        (folder / "fast.toml").write_text(FAST)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def done(place: Path) -> Path:
+    """A study of seven trials, the default knobs, all alone."""
+    assert cli.main([*JOB, "--trials", "7", "--out", "done", "--quiet"]) == 0
+    return place / "done"
+
+
+def trials(out: str | Path, storage: str | None = None) -> list[optuna.trial.FrozenTrial]:
+    return trials_of(join(storage or f"sqlite:///{out}/study.db", None))
+
+
+def outcome(study: list[optuna.trial.FrozenTrial]) -> list[tuple[Any, ...]]:
+    """What every trial came to, repetitions in the place of what they repeat."""
+    latest = {root(t): t for t in study}
+    return [(t.state.name, t.values, t.params, t.user_attrs.get("spec_hash"))
+            for _, t in sorted(latest.items())]
+
+
+def spawn(words: list[str], **environment: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "searchpet", *words], text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
+
+
+def wait_for(storage: str, finished: int, name: str | None = None, seconds: float = 300) -> None:
+    """Until so many trials have ended and one is under way."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            now = standing(join(storage, name))
+            if now.finished >= finished and now.running:
+                return
+        except InputError:  # not made yet
+            pass
+        time.sleep(0.1)
+    pytest.fail(f"{storage} did not get to {finished} trials")
+
+
+# --- one process ---
+
+
+def test_a_study_leaves_a_run_behind(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = json.loads((done / "result.json").read_text())
+    spec = Spec.load(done)
+    assert result["spec_hash"] == spec.hash
+    assert result["trainable"] == spec.budget.used <= spec.budget.limit == result["budget_limit"]
+    assert result["study"]["trials"] == 7
+    best = max(t.value for t in trials(done) if t.value is not None)
+    assert result["score"] == best
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(done), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["score"])
+    assert cli.main(["verify", str(done)]) == 0
+
+
+def test_known_good_settings_come_first_and_run_to_the_end(done: Path) -> None:
+    found = trials(done)
+    assert [t.params["strategy"] for t in found[:5]] == [
+        "bilevel", "uniform:bias", "uniform:norm", "uniform:lora_qv", "random:unit"]
+    assert all(t.state.name == "COMPLETE" and set(t.intermediate_values) == {20, 80}
+               for t in found[:5])
+    names = {row["name"] for row in json.loads((done / "result.json").read_text())["controls"]}
+    assert names <= {"defaults", "uniform:bias", "uniform:norm", "uniform:lora_qv", "random:unit"}
+    assert len(names) >= 4
+
+
+def test_the_defaults_are_never_beaten_by_the_winner(done: Path) -> None:
+    assert json.loads((done / "result.json").read_text())["score"] >= trials(done)[0].value
+
+
+def test_the_default_trial_is_the_search_itself(done: Path) -> None:
+    words = ["search", *SMALL, "--controls", "0", "--out", "plain", "--quiet"]
+    assert cli.main(words) == 0
+    assert Spec.load("plain").hash == trials(done)[0].user_attrs["spec_hash"]
+    score = json.loads(Path("plain/result.json").read_text())["score"]
+    assert score == trials(done)[0].value
+
+
+def test_attributes_of_a_trial_can_be_read(done: Path) -> None:
+    for trial in trials(done):
+        if trial.state.name == "COMPLETE":
+            assert {"spec_hash", "score", "trainable", "head", "seconds"} <= set(trial.user_attrs)
+    assert join(f"sqlite:///{done}/study.db", None).user_attrs["searchpet"]["version"]
+
+
+def test_the_best_trials_space_lies_beside_its_spec(done: Path) -> None:
+    provenance = Spec.load(done).provenance
+    if provenance["space"] == "space.toml":
+        assert (done / "space.toml").is_file()
+        words = ["search", *SMALL, "--space", str(done / "space.toml"), "--strategy",
+                 provenance["strategy"], "--tau", str(json.loads(
+                     (done / "result.json").read_text())["tau"]), "--controls", "0", "--quiet",
+                 "--out", "again"]
+        for key, value in provenance["hyperparameters"].items():
+            if key != "variant":
+                words += ["--set", f"{provenance['strategy']}.{key}={value}"]
+        assert cli.main(words) == 0
+        assert Spec.load("again").hash == Spec.load(done).hash
+
+
+def test_the_same_settings_are_not_run_twice(place: Path) -> None:
+    assert cli.main([*QUICK, "--trials", "10", "--sampler", "random", "--out", "twice", "-q"]) == 0
+    found = trials("twice")
+    settings = [tuple(t.params.values()) for t in found]
+    assert len(found) == 10
+    assert len(set(settings)) < 10  # there are six
+    again = [t for t in found if "reused" in t.user_attrs]
+    assert len(again) == 10 - len(set(settings))
+    for trial in again:
+        source = found[trial.user_attrs["reused"]]
+        assert (trial.value, trial.params) == (source.value, source.params)
+        assert not (place / "twice" / "trials" / f"{trial.number:04d}").exists()
+
+
+def test_a_structure_is_not_trained_twice(place: Path) -> None:
+    (place / "shares.toml").write_text(FAST.replace("[0.1, 0.3, 0.03]", "[0.1]") + '''
+[[knob]]
+name = "layers"
+choices = ["0%-100%", "first 100%"]
+when = { strategy = "random:unit" }
+[[first]]
+layers = "first 100%"
+''')
+    words = [*JOB, "--steps", "20", "--knobs", "shares.toml", "--trials", "2", "--out", "same"]
+    assert cli.main([*words, "-q"]) == 0
+    first, second = trials("same")
+    assert first.params != second.params
+    assert first.user_attrs["spec_hash"] == second.user_attrs["spec_hash"]
+    assert second.user_attrs["reused"] == 0
+    assert first.value == second.value
+    assert not list((place / "same" / "trials" / "0001").rglob("delta.safetensors"))
+    assert Spec.load("same").hash == first.user_attrs["spec_hash"]
+
+
+def test_worse_trials_are_pruned_after_few_steps(place: Path) -> None:
+    words = [*JOB, "--knobs", "fast.toml", "--trials", "6", "--sampler", "random", "--seed", "1"]
+    assert cli.main([*words, "--out", "halved", "-q"]) == 0
+    pruned = [t for t in trials("halved") if t.state.name == "PRUNED"]
+    whole = [t for t in trials("halved") if t.state.name == "COMPLETE"]
+    assert all(set(t.intermediate_values) == {20} for t in pruned)
+    assert all(set(t.intermediate_values) == {20, 80} for t in whole)
+    for trial in pruned:
+        if "reused" not in trial.user_attrs:
+            assert trial.intermediate_values[20] <= max(t.intermediate_values[20] for t in whole)
+            folder = place / "halved" / "trials" / f"{trial.number:04d}"
+            assert sorted(p.name for p in folder.iterdir() if p.is_dir()) == ["20"]
+
+
+def test_several_metrics_give_a_front(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*JOB, "--steps", "20", "--metric", "score,trainable,flops", "--trials", "8"]
+    assert cli.main([*words, "--sampler", "random", "--out", "front", "-q"]) == 0
+    result = json.loads((place / "front" / "result.json").read_text())
+    front = result["study"]["front"]
+    assert front[0]["score"] == result["score"] == max(row["score"] for row in front)
+    for row in front:
+        assert not any(other["score"] >= row["score"] and other["trainable"] <= row["trainable"]
+                       and other["flops"] <= row["flops"] and other != row for other in front)
+        spec = Spec.load(place / "front" / "front" / f"{row['trial']:04d}")
+        assert spec.budget.used == row["trainable"]
+    capsys.readouterr()
+    assert cli.main(["trials", "front", "--out", "drawn", "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["front"] == [row["trial"] for row in front]
+    files = {p.name for p in (place / "drawn").iterdir()}
+    assert files >= {"history.png", "front.png", "hypervolume.png", "study.html"}
+    page = (place / "drawn" / "study.html").read_text()
+    assert page.count("data:image/png;base64,") == len(files) - 1
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_the_knobs_can_be_the_structure(place: Path) -> None:
+    words = [*JOB, "--steps", "20", "--strategy", "tpe", "--trials", "5", "--out", "tpe", "-q"]
+    assert cli.main(words) == 0
+    found = trials("tpe")
+    assert {t.params["strategy"] for t in found} == {"uniform"}
+    assert len({t.user_attrs.get("spec_hash") for t in found}) > 1
+    for trial in found:
+        if trial.state.name == "COMPLETE":
+            assert trial.user_attrs["trainable"] <= 1270
+
+
+def test_a_study_with_pruning_keeps_to_both_budgets(place: Path) -> None:
+    words = [*JOB, "--steps", "20", "--budget", "3%", "--keep-flops", "60%", "--trials", "4"]
+    assert cli.main([*words, "--out", "pruned", "-q"]) == 0
+    spec = Spec.load("pruned")
+    assert spec.keep is not None
+    assert spec.keep.used <= 0.6 * spec.keep.dense
+    assert cli.main(["verify", "pruned"]) == 0
+
+
+def test_trials_show_a_study(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert cli.main(["trials", str(done)]) == 0
+    text = capsys.readouterr().out
+    assert "complete" in text and "importance" in text and "strategy" in text
+    assert cli.main(["trials", str(done), "--out", "figures"]) == 0
+    png = Path("figures/history.png").read_bytes()
+    assert png.startswith(b"\\x89PNG".decode("unicode_escape").encode("latin1"))
+
+
+# --- going on, and dying ---
+
+
+def test_a_finished_study_goes_on_when_more_trials_are_asked_for(place: Path) -> None:
+    words = [*QUICK, "--out", "more", "-q"]
+    assert cli.main([*words, "--trials", "2"]) == 0
+    assert cli.main([*words, "--trials", "4"]) == 2  # without --resume
+    assert cli.main([*words, "--trials", "4", "--resume"]) == 0
+    assert len(trials("more")) == 4
+    assert cli.main([*words, "--trials", "4", "--resume", "--seed", "3"]) == 2
+
+
+def test_a_killed_study_goes_on_to_the_same_result(place: Path) -> None:
+    words = [*QUICK, "--trials", "8", "--quiet"]
+    assert cli.main([*words, "--out", "uncut"]) == 0
+    for finished in (1, 4):
+        process = spawn([*words, "--out", "cut", *(["--resume"] if finished > 1 else [])])
+        wait_for("sqlite:///cut/study.db", finished)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert cli.main([*words, "--out", "cut", "--resume"]) == 0
+    assert outcome(trials("cut")) == outcome(trials("uncut"))
+    for name in ("delta.safetensors", "space.toml"):
+        ours, theirs = Path("cut") / name, Path("uncut") / name
+        assert ours.exists() == theirs.exists()
+        assert not ours.exists() or ours.read_bytes() == theirs.read_bytes()
+    assert Spec.load("cut").hash == Spec.load("uncut").hash
+
+
+def test_ctrl_c_gives_the_running_trial_back(place: Path) -> None:
+    process = spawn([*QUICK, "--trials", "6", "--out", "stopped"])
+    wait_for("sqlite:///stopped/study.db", 2)
+    os.killpg(process.pid, signal.SIGINT)
+    text, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "to continue: searchpet tune" in text and "Traceback" not in text
+    now = standing(join("sqlite:///stopped/study.db", None))
+    assert now.running == 0
+    assert cli.main([*QUICK, "--trials", "6", "--out", "stopped", "--resume", "-q"]) == 0
+    assert standing(join("sqlite:///stopped/study.db", None)).finished == 6
+
+
+@pytest.mark.parametrize("storage", ["sqlite:///jobs/study.db", "journal:jobs/study.log"])
+def test_killed_workers_lose_no_trial(place: Path, storage: str) -> None:
+    (place / "jobs").mkdir(exist_ok=True)
+    (place / "jobs" / "settings.json").unlink(missing_ok=True)
+    out = f"jobs-{storage.partition(':')[0]}"
+    process = spawn([*QUICK, "--trials", "8", "--jobs", "2", "--out", out, "--storage", storage,
+                     "--study", "killed"])
+    wait_for(storage, 1, "killed")
+    running = [t for t in trials_of(join(storage, "killed")) if t.state.name == "RUNNING"]
+    worker = int(running[0].user_attrs[WORKER].split("/")[1])
+    os.kill(worker, signal.SIGKILL)
+    text, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, text
+    study = join(storage, "killed")
+    now = standing(study)
+    assert (now.finished, now.running, now.waiting) == (8, 0, 0)
+    tries = [root(t) for t in trials_of(study) if t.state.name in ("COMPLETE", "PRUNED")]
+    assert len(tries) == len(set(tries))  # none to its end twice
+    assert Spec.load(out).hash == json.loads((place / out / "result.json").read_text())[
+        "spec_hash"]
+
+
+def test_a_trial_given_up_without_being_repeated_is_found(done: Path) -> None:
+    study = optuna.create_study(storage="sqlite:///orphan.db")
+    study.add_trial(optuna.create_trial(
+        state=optuna.trial.TrialState.FAIL, params={}, distributions={}))
+    take_back(study)
+    assert standing(study).failed == 1  # somebody may be about to repeat it
+    old = optuna.create_study(storage="sqlite:///old.db")
+    trial = optuna.create_trial(state=optuna.trial.TrialState.FAIL)
+    trial.datetime_complete = trial.datetime_start = __import__("datetime").datetime(2020, 1, 1)
+    old.add_trial(trial)
+    take_back(old)
+    assert standing(old).waiting == 1
+    take_back(old)
+    assert len(old.trials) == 2
+
+
+# --- workers and collecting elsewhere ---
+
+
+def test_a_worker_joins_and_another_place_collects(place: Path) -> None:
+    assert cli.main([*QUICK, "--trials", "2", "--out", "parent", "-q"]) == 0
+    study = join("sqlite:///parent/study.db", None)
+    study.set_user_attr("trials", 4)
+    words = ["tune", "--worker", "--storage", "sqlite:///parent/study.db", "--device", "cpu"]
+    assert cli.main([*words, "--out", "elsewhere", "-q"]) == 0
+    assert standing(study).finished == 4
+    assert list((place / "elsewhere" / "trials").iterdir())
+    words = ["tune", "--collect", "--storage", "sqlite:///parent/study.db", "--device", "cpu"]
+    assert cli.main([*words, "--out", "collected", "-q"]) == 0
+    best = max(t.value for t in trials("parent") if t.value is not None)
+    assert json.loads(Path("collected/result.json").read_text())["score"] == best
+    assert cli.main(["verify", "collected"]) == 0
+
+
+# --- wrong input ---
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (["--trials", "0"], "--trials must be >= 1"),
+    (["--jobs", "0"], "--jobs must be >= 1"),
+    (["--timeout", "soon"], "--timeout must be a time such as 90s"),
+    (["--metric", "accuracy"], "--metric must be one of"),
+    (["--metric", "flops"], "--metric must be score, or score and others"),
+    (["--metric", "score,score"], "each once"),
+    (["--sampler", "tpee"], "--sampler must be one of .*did you mean 'tpe'"),
+    (["--pruner", "half"], "--pruner must be one of"),
+    (["--limit", "score=1"], "--limit must be of trainable, flops or latency"),
+    (["--limit", "flops"], "--limit must read METRIC=MOST, such as flops=1e9"),
+    (["--limit", "flops=0"], "must be above 0, which nothing undercuts"),
+    (["--knobs", "nothing"], "tuning space must be one of"),
+    (["--storage", "mysterydb://x"], "--storage must be sqlite"),
+    (["--storage", "postgresql://me:secret@127.0.0.1:1/x"], "--storage must be"),
+    (["--storage", "grpc://nowhere"], "grpc://HOST:PORT"),
+    (["--worker"], "--storage must say where the study is"),
+    (["--worker", "--collect", "--storage", "sqlite:///x.db"], "give one of them"),
+    (["--worker", "--storage", "sqlite:///empty.db"], "--study must say which of no studies"),
+    (["--budget", "0.0001%"], "must buy at least one|budget"),
+    (["--task", "flms"], "did you mean 'films'|task must be"),
+    (["--strategy", "bilevle"], "did you mean 'bilevel'"),
+])
+def test_wrong_input_is_one_line(
+    words: list[str], message: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import re
+
+    capsys.readouterr()
+    assert cli.main([*QUICK, "--trials", "1", "--out", f"wrong/{words}", "-q", *words]) == 2
+    text = capsys.readouterr().err
+    assert len(text.strip().splitlines()) == 1, text
+    assert re.search(message, text), text
+    assert "secret" not in text
+
+
+def test_limits_that_nobody_meets_say_what_was_reached(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICK, "--trials", "2", "--limit", "trainable=3", "--out", "tight", "-q"]
+    assert cli.main(words) == 2
+    text = capsys.readouterr().err
+    assert "a trial must meet trainable <= 3, but the least that 2 trials came to is" in text
+    assert len(trials("tight")) == 2
+
+
+def test_another_question_is_refused(done: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    storage = f"sqlite:///{done}/study.db"
+    for words, message in (
+            ([], "study done|--study must be a new name"),
+            (["--resume", "--metric", "score,trainable"], "1 objectives"),
+            (["--resume", "--tau", "0.2"], "must go on as it began, but settings")):
+        capsys.readouterr()
+        job = [*JOB, "--trials", "7", "--storage", storage, "--study", "done", "-q"]
+        assert cli.main([*job, "--out", f"other{len(words)}{words[-1:]}", *words]) == 2
+        import re
+        assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_study_of_another_version_is_refused(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main([*QUICK, "--trials", "1", "--out", "older", "-q"]) == 0
+    study = join("sqlite:///older/study.db", None)
+    study.set_user_attr("searchpet", {**study.user_attrs["searchpet"], "version": "0.0"})
+    words = ["tune", "--worker", "--storage", "sqlite:///older/study.db", "-q"]
+    assert cli.main(words) == 2
+    assert "was made by 0.0" in capsys.readouterr().err
+
+
+def test_a_foreign_study_is_refused(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    optuna.create_study(study_name="theirs", storage="sqlite:///foreign.db")
+    for words in (["trials", "theirs", "--storage", "sqlite:///foreign.db"],
+                  ["tune", "--worker", "--storage", "sqlite:///foreign.db"],
+                  [*QUICK, "--storage", "sqlite:///foreign.db", "--study", "theirs", "--resume",
+                   "--out", "foreign"]):
+        capsys.readouterr()
+        assert cli.main(words) == 2
+        assert "must be one that `searchpet tune` made" in capsys.readouterr().err
+
+
+# --- small parts ---
+
+
+@pytest.mark.parametrize(("steps", "expected"), [
+    (300, (75, 300)), (1600, (100, 400, 1600)), (100, (25, 100)), (60, (60,)), (1, (1,))])
+def test_rungs_fall_by_four_and_stay_meaningful(steps: int, expected: tuple[int, ...]) -> None:
+    assert rungs(steps) == expected
+
+
+def test_times_and_limits_are_read() -> None:
+    assert [duration(text) for text in ("90", "90s", "1.5m", "2h", None)] == [
+        90, 90, 90, 7200, None]
+    assert limits_of({"flops": "1e9"}) == {"flops": 1e9}
+
+
+def test_passwords_are_not_shown() -> None:
+    assert shown("postgresql://me:pa:ss@host/db") == "postgresql://me:***@host/db"
+    assert shown("sqlite:///a/b.db") == "sqlite:///a/b.db"
+    assert shown("postgresql://me@host/db") == "postgresql://me@host/db"
+    assert isinstance(RunFolder("x"), RunFolder)
