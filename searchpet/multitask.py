@@ -136,6 +136,11 @@ class MultiSession(Session):
             raise InputError("--task must name each task once, as in a,b,c, but got "
                              f"{self.settings.task!r}")
         self.tasks = tuple(self.read(name) for name in names)
+        own = [task.name for task in self.tasks]
+        if len(set(own)) < len(own):
+            raise InputError("several tasks must have names of their own, for their heads, but "
+                             f"--task {self.settings.task} gives {', '.join(own)}; rename a "
+                             "folder")
         self.weights = _weights(self.settings.task_weights, len(names))
         prints = ",".join(task.fingerprint for task in self.tasks)
         return Task(

@@ -25,6 +25,9 @@ from searchpet import processes
 from searchpet.errors import InputError
 
 LOG_EVERY = 10  # steps between two lines of log.jsonl
+# what every result.json has
+RESULT = ("task", "metric", "split", "score", "strategy", "trainable", "head", "backbone",
+          "fraction", "budget_limit", "spec_hash", "keep", "removed", "seed", "seconds")
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,15 @@ class RunFolder:
             raise InputError(f"a run folder must hold {name}, but {self.path} does not") from error
         except ValueError as error:
             raise InputError(f"{self.path / name} must be JSON, but is not: {error}") from error
+
+    def result(self) -> dict[str, Any]:
+        """result.json.  Raises InputError when it is absent or not that of a finished run."""
+        found = self.read_json("result.json")
+        lacks = [name for name in RESULT if not isinstance(found, dict) or name not in found]
+        if lacks:
+            raise InputError(f"{self.path / 'result.json'} must be that of a run, but has no "
+                             f"{lacks[0]}; it was edited or damaged, train the spec again")
+        return dict(found)
 
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor],
                       metadata: Mapping[str, str] | None = None) -> None:

@@ -58,7 +58,8 @@ def verify(run: str | Path, model: str | None = None) -> list[Check]:
     content, tensors or masks of another spec, another architecture, a result.json of no run.
     """
     folder = folder_of(run)
-    spec, claims = Spec.load(folder.path), _claims(folder)
+    spec = Spec.load(folder.path)
+    claims = folder.result() if folder.has("result.json") else {}
     parts = read_delta(folder)[1].parts
     first = parts[0].task if parts else None  # what is checked is shared
     masked = restore(folder.path, model, remove=False, task=first)
@@ -123,20 +124,6 @@ def _limit(text: str, parameters: int) -> int | None:
         return Budget.parse(text, parameters).limit
     except InputError:
         return None
-
-
-def _claims(folder: RunFolder) -> dict[str, Any]:
-    """What result.json says; nothing where there is none.  Raises InputError for another file."""
-    if not folder.has("result.json"):
-        return {}
-    found = folder.read_json("result.json")
-    needed = ("trainable", "head", "backbone", "fraction", "budget_limit", "spec_hash", "keep",
-              "removed")
-    lacks = [name for name in needed if not isinstance(found, dict) or name not in found]
-    if lacks:
-        raise InputError(f"{folder.path / 'result.json'} must be that of a run, but has no "
-                         f"{lacks[0]}; it was edited or damaged, train the spec again")
-    return dict(found)
 
 
 def _result(claims: Mapping[str, Any], counted: Mapping[str, Any]) -> list[Check]:

@@ -210,6 +210,15 @@ def test_compare_ranks_runs(done: Path, say: Any) -> None:
         "worse", "done"]
 
 
+@pytest.mark.parametrize("content", ["{}", "[1]", "{"])
+def test_compare_says_what_is_no_result(content: str, done: Path, say: Any) -> None:
+    Path("damaged").mkdir(exist_ok=True)
+    Path("damaged/result.json").write_text(content)
+    said = say("compare", "done", "damaged")
+    assert said.code == 2 and said.err.count("\n") == 1
+    assert "damaged/result.json must be" in said.err
+
+
 def test_evaluate_repeats_the_score(done: Path, say: Any) -> None:
     values = json.loads((done / "result.json").read_text())
     found = json.loads(say("evaluate", "done", "--split", "test", "--json").out)

@@ -52,6 +52,14 @@ def found(common: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> A
     return searchpet.search(**common, budget="200", out=out, controls=0, test=True)
 
 
+def test_folders_of_one_name_are_refused(common: dict[str, Any], tasks: Path) -> None:
+    (tasks / "inner").mkdir()
+    write_task(tasks / "inner" / "mood")
+    both = f"{tasks / 'mood'},{tasks / 'inner' / 'mood'}"
+    with pytest.raises(InputError, match="names of their own.*rename a folder"):
+        open_session(Settings(**{**common, "task": both, "data": None}))
+
+
 # --- turns ---
 
 

@@ -241,8 +241,8 @@ def test_a_false_word_on_removal_is_found(
 
 
 @pytest.mark.parametrize(("file", "text", "message"), [
-    ("result.json", "{}", "result.json must be that of a run, but has no trainable"),
-    ("result.json", "[1]", "result.json must be that of a run, but has no trainable"),
+    ("result.json", "{}", "result.json must be that of a run, but has no task"),
+    ("result.json", "[1]", "result.json must be that of a run, but has no task"),
     ("result.json", "{", "must be JSON"),
     ("settings.json", "[1]", "settings.json must be an object of settings, but is a list"),
     ("latency.json", "{}", "latency.json: attention"),

@@ -82,6 +82,6 @@ def compare(
     """Compare the results of several runs."""
     from searchpet.run import RunFolder
 
-    found = [(str(run), RunFolder(run).read_json("result.json")) for run in runs]
+    found = [(str(run), RunFolder(run).result()) for run in runs]
     answer([{"run": name, **values} for name, values in found], json_,
             lambda views: [views.comparison(found)])
