@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial
 
 from searchpet.ask import STRATEGY, Ask
 from searchpet.collect import STORE, fetch, front, keep, winner
-from searchpet.engine import Result, default_out, latencies, values_of
+from searchpet.engine import Result, default_out, evaluate, latencies, values_of
 from searchpet.errors import InputError
 from searchpet.latency import Table
 from searchpet.measures import DIRECTIONS, check_metrics
@@ -211,8 +211,6 @@ def _known_good(study: Study, question: Question, best: FrozenTrial) -> list[dic
 
 def _tested(session: Session, folder: RunFolder) -> dict[str, Any]:
     """The best trial's metrics on test: the one time that test data is touched."""
-    from searchpet.engine import evaluate
-
     metrics = evaluate(folder.path, data=session.settings.data, split="test")
     return {"metrics": metrics, "score": next(iter(metrics.values()))}
 

@@ -267,7 +267,6 @@ class Worker:
         trial.set_user_attr("spec_hash", spec.hash)
         if (known := self._known(key)) is not None and not folder.has("training.json"):
             trial.set_user_attr(REUSED, known.number)
-            folder.write_json("reused.json", {"run": known.user_attrs.get(RUN)})
             trial.set_user_attr(key, known.user_attrs[key])
             return spec, float(known.user_attrs[key])
         if not folder.has("training.json"):
