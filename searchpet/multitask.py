@@ -187,6 +187,11 @@ class MultiSession(Session):
 
         return loss
 
+    def fit_head(self, model: nn.Module, encoded: Any, seed: int) -> None:
+        for k, (task, part) in enumerate(zip(self.tasks, encoded.parts, strict=True)):
+            turn_to(model, k, task)
+            super().fit_head(model, part, seed)
+
     def measure(self, model: nn.Module, encoded: Any) -> dict[str, float]:
         s, found, mean = self.settings, dict[str, float](), 0.0
         for k, (task, part) in enumerate(zip(self.tasks, encoded.parts, strict=True)):

@@ -17,6 +17,7 @@ from searchpet.ask import Ask, hyperparameters
 from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
+from searchpet.calibrate import lowered
 from searchpet.errors import InputError
 from searchpet.importance import importance
 from searchpet.inherit import learns, leave
@@ -120,8 +121,7 @@ def _sparse(problem: Problem) -> Sparse:
     Its warm-up is a few steps of the whole space, at rates lowered as `bilevel` lowers them.
     """
     def warm() -> None:
-        rates = {kind: r * (1.0 if kind == "head" else problem.crowd)
-                 for kind, r in problem.rates.items()}
+        rates = lowered(problem.rates, problem.crowd)
         learn = torch.optim.AdamW(problem.net.groups(rates), weight_decay=0.0)
         for step in range(WARM):
             descend(problem, learn, problem.train[step])
@@ -157,6 +157,7 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
     """What the strategy may see: the training split, in two halves."""
     first, second = session.splits["train"].halved(seed)
     model = net.model
+    session.fit_head(model, first, seed)
     rates, room = _rates(session, net, Limits(net.space, limit, keep), first, seed)
     loops: list[Any] = []
 
@@ -179,14 +180,14 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
 def _rates(session: Session, net: Supernet, limits: Limits, data: Encodings, seed: int,
            ) -> tuple[dict[str, float], float]:
     """Rates of the search, for gates as open as the limits allow on average; `Problem.room`."""
-    tau, own = session.settings.tau, (net.model, net.grafts, data, seed)
-    found = session.rates(session.probe(*own), SEARCH * tau)
-    everything = session.room(*own, found, tau)
+    tau = session.settings.tau
+    measured = session.calibration(net.model, net.grafts, data, seed)
+    found = measured.rates(SEARCH * tau)
+    everything = measured.room(found, tau)
     net.z = limits.shift(torch.zeros(len(net.space)), ease=1.0).float()
-    average = session.room(*own, found, tau)
+    average = measured.room(found, tau)
     net.z = torch.ones(len(net.space))
-    lowered = {kind: r * (1.0 if kind == "head" else average) for kind, r in found.items()}
-    return lowered, everything / average
+    return lowered(found, average), everything / average
 
 
 def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str, Any],

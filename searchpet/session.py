@@ -27,20 +27,20 @@ from searchpet.apply import (
 )
 from searchpet.backbone import Backbone, load_backbone
 from searchpet.batch import Batch, Encoded, Encodings, encode
-from searchpet.calibrate import CROWD, probe, rates, together
+from searchpet.calibrate import HEAD_LR, Calibration, groups, lowered
 from searchpet.errors import InputError
 from searchpet.grafts import Grafts
 from searchpet.latency import Table
 from searchpet.launch import check_rows, device
+from searchpet.linear_probe import ROWS, fit_output
 from searchpet.processes import from_first
 from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.settings import TAU, Settings
 from searchpet.spec import Spec
 from searchpet.task import Split, Task, load_task
-from searchpet.train import Recipe, evaluate, fit, loss_of
+from searchpet.train import Recipe, evaluate, fit, logits_of, loss_of
 
-HEAD_LR = 5e-3  # of the freshly initialised output layer, whatever the method
 FULL_LR = 1e-3  # x tau = 1e-4 for full fine-tuning, the usual rate for a small encoder
 SWEEP = (1 / 3, 1.0, 3.0)  # factors on tau that `--sweep` tries
 PROBE_ROWS = 8
@@ -167,35 +167,29 @@ class Session:
         return StageLoop(folder, stage, steps, seed, torch.Generator(),
                          lambda event: self.listener(replace(event, job=job)), state)
 
-    def probe(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
-              ) -> dict[str, float]:
-        """Relative output change per unit of learning rate, by kind, on one small batch."""
+    def fit_head(self, model: nn.Module, encoded: Any, seed: int) -> None:
+        """Fit the head's last layer to what the model, as it is, makes of some training rows."""
+        size = 4 * self.settings.batch_size
+        source = encoded.batches(size, seed)
+        batches = [source[i] for i in range(-(-min(ROWS, len(encoded)) // size))]
+        model.eval()
+        own = {n: p for n, p in model.named_parameters() if n in self.head}
+
+        def fitted() -> dict[str, Tensor]:
+            fit_output(model, own, batches, logits_of(model, self.settings.precision))
+            return {n: p.detach().cpu() for n, p in own.items()}
+
+        with torch.no_grad():
+            for name, value in from_first(fitted).items():
+                own[name].copy_(value)
+
+    def calibration(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
+                    ) -> Calibration:
+        """Learning rates for what is grafted on the model, by a few rows."""
         batch = encoded.batches(PROBE_ROWS, seed)[0]
         model.eval()
         loss = self.loss(model, "fp32")
-        return from_first(lambda: probe(grafts, lambda: loss(batch)))
-
-    def room(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
-             rates: dict[str, float], tau: float) -> float:
-        """A factor <= 1 on the rates, at which all deltas together move what enters the head by
-        no more than CROWD tau in a step, gates as they are; 1 where rates are given by hand.
-        """
-        if self.settings.lr is not None:
-            return 1.0
-        batch = encoded.batches(PROBE_ROWS, seed)[0]
-        model.eval()
-        loss = self.loss(model, "fp32")
-        owners = {name.rpartition(".")[0]: None for name in sorted(self.head)}
-        entrance = [model.get_submodule(name) for name in owners if name]
-        change = from_first(lambda: together(grafts, lambda: loss(batch), entrance, rates))
-        return min(1.0, CROWD * tau / change) if change > 0 else 1.0
-
-    def rates(self, probes: dict[str, float], tau: float) -> dict[str, float]:
-        """Learning rate of each kind and of the head."""
-        fixed = {"head": HEAD_LR}
-        if self.settings.lr is not None:
-            fixed.update(dict.fromkeys(probes, self.settings.lr))
-        return rates(probes, tau, fixed)
+        return Calibration(model, grafts, lambda: loss(batch), self.head, self.settings.lr)
 
     def fit(self, method: Spec | str, folder: RunFolder | None, seed: int, *,
             tau: float | None = None, stage: str = "train", test: bool = False,
@@ -213,6 +207,9 @@ class Session:
         began = time.monotonic()
         spoils = method == "full" or (isinstance(method, Spec) and method.keep is not None)
         with self.fresh(seed, spoil=spoils) as model:
+            if isinstance(method, Spec):
+                apply(model, method, head=self.head, seed=seed, remove=None)
+            self.fit_head(model, self.splits["train"], seed)
             groups = self._groups(model, method, seed, tau)
             count = sum(p.numel() for group in groups for p in group["params"])
             if isinstance(method, Spec):  # of sparse deltas what is not 0 for good
@@ -256,25 +253,17 @@ class Session:
                 ) -> list[dict[str, Any]]:
         """What trains, with learning rates."""
         head = [p for n, p in model.named_parameters() if n in self.head]
-        rest = [p for n, p in model.named_parameters() if n not in self.head]
         if isinstance(method, Spec):
-            apply(model, method, head=self.head, seed=seed, remove=None)
             own = grafts(model)
-            data = self.splits["train"]
-            found = self.rates(self.probe(model, own, data, seed), tau)
-            room = self.room(model, own, data, seed, found, tau)
-            kinds: dict[str, list[Any]] = {}
-            for graft in own.grafts:
-                if graft.delta.neutral == 0:
-                    kinds.setdefault(graft.kind, []).extend(graft.delta.parameters())
-            groups = [{"params": p, "kind": k, "lr": room * found[k]} for k, p in kinds.items()]
-            return [*groups, {"params": head, "kind": "head", "lr": HEAD_LR}]
-        for p in rest:
-            p.requires_grad_(method == "full")
-        for p in head:
-            p.requires_grad_(True)
+            measured = self.calibration(model, own, self.splits["train"], seed)
+            found = measured.rates(tau)
+            found = lowered(found, measured.room(found, tau))
+            return groups([g for g in own.grafts if g.delta.neutral == 0], head, found)
+        for name, p in model.named_parameters():
+            p.requires_grad_(method == "full" or name in self.head)
         if method == "head":
             return [{"params": head, "kind": "head", "lr": HEAD_LR * tau / TAU}]
+        rest = [p for n, p in model.named_parameters() if n not in self.head]
         lr = self.settings.lr or FULL_LR * tau
         return [{"params": rest, "kind": "full", "lr": lr},
                 {"params": head, "kind": "head", "lr": HEAD_LR}]

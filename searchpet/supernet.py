@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from searchpet.calibrate import groups
 from searchpet.deltas import Delta
 from searchpet.grafts import Graft, Grafts
 from searchpet.site import Site
@@ -68,15 +68,11 @@ class Supernet:
         return [*self.grafts.deltas.parameters(), *self.head]
 
     def groups(self, rates: dict[str, float]) -> list[dict[str, Any]]:
-        """Parameter groups `{params, kind, lr}`, one per kind and one for the head.
+        """Parameter groups `{params, kind, lr}` of deltas and head, as they are at init.
 
         rates: learning rate of each kind and of `head`.
         """
-        kinds: dict[str, list[nn.Parameter]] = defaultdict(list)
-        for graft in self.grafts.grafts:
-            kinds[graft.kind].extend(graft.delta.parameters())
-        kinds["head"] = list(self.head)
-        return [{"params": p, "kind": kind, "lr": rates[kind]} for kind, p in kinds.items() if p]
+        return groups(self.grafts.grafts, self.head, rates)
 
     def remove(self) -> None:
         """Take all deltas out of the backbone."""

@@ -69,6 +69,18 @@ def loss_of(model: nn.Module, precision: str = "fp32") -> Callable[[Batch], Tens
     return loss
 
 
+def logits_of(model: nn.Module, precision: str = "fp32") -> Callable[[Batch], Tensor]:
+    """batch -> logits (b, outputs), whether it has labels or not."""
+
+    def logits(batch: Batch) -> Tensor:
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        with autocast(model, precision):
+            found: Tensor = model(**to(inputs, model)).logits
+        return found
+
+    return logits
+
+
 @torch.no_grad()
 def predict(model: nn.Module, encoded: Encoded, batch_size: int, precision: str = "fp32",
             ) -> np.ndarray[Any, Any]:
@@ -76,16 +88,13 @@ def predict(model: nn.Module, encoded: Encoded, batch_size: int, precision: str 
 
     Several processes take turns at the batches; each gets all logits.
     """
-    was_training = model.training
+    was_training, logits = model.training, logits_of(model, precision)
     model.eval()
     out: np.ndarray[Any, Any] | None = None
     for number, (rows, batch) in enumerate(passes(encoded, batch_size)):
         if number % size() != rank():
             continue
-        batch.pop("labels", None)
-        with autocast(model, precision):
-            logits = model(**to(batch, model)).logits
-        values = logits.float().cpu().numpy()
+        values = logits(batch).float().cpu().numpy()
         out = np.zeros((len(encoded), values.shape[1]), np.float32) if out is None else out
         out[rows.numpy()] = values
     model.train(was_training)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from searchpet.ask import Ask
-from searchpet.calibrate import CROWD, probe, rates, together
+from searchpet.calibrate import CROWD, DRAWN, HEAD_LR, groups, lowered, probe, rates, together
 from searchpet.session import Session
 from searchpet.settings import Settings
 from searchpet.supernet import Supernet
@@ -147,18 +147,62 @@ def test_a_crowded_structure_is_slowed_to_what_a_step_may_change(tiny_folder: Pa
     session = Session(Settings(model=str(tiny_folder)))
     with session.fresh(0) as model:
         net = Supernet(model, Ask(space="wide").units(model), session.head, 0)
-        own = (model, net.grafts, session.splits["train"], 0)
-        found = session.rates(session.probe(*own), tau=0.1)
-        factor = session.room(*own, found, 0.1)
+        measured = session.calibration(model, net.grafts, session.splits["train"], 0)
+        found = measured.rates(tau=0.1)
+        factor = measured.room(found, 0.1)
         slowed = {kind: factor * rate for kind, rate in found.items()}
         batch = session.splits["train"].batches(8, 0)[0]
         change = together(net.grafts, lambda: model(**batch).loss, [model.classifier], slowed)
         assert factor < 1 and change == pytest.approx(CROWD * 0.1, rel=1e-3)
         net.z = torch.full((len(net.space),), 1e-3)
-        assert session.room(*own, found, 0.1) == 1.0  # hardly anything moves
+        assert measured.room(found, 0.1) == 1.0  # hardly anything moves
         net.remove()
     by_hand = Session(Settings(model=str(tiny_folder), lr=1e-3))
     with by_hand.fresh(0) as model:
         net = Supernet(model, Ask(space="wide").units(model), by_hand.head, 0)
-        assert by_hand.room(model, net.grafts, by_hand.splits["train"], 0, {}, 0.1) == 1.0
+        measured = by_hand.calibration(model, net.grafts, by_hand.splits["train"], 0)
+        assert set(measured.rates(0.1).values()) == {HEAD_LR, 1e-3}
+        assert DRAWN not in measured.rates(0.1)
+        assert measured.room({}, 0.1) == 1.0
         net.remove()
+
+
+def test_what_is_drawn_moves_by_no_more_than_a_share_of_its_size() -> None:
+    net = net_of("adapter")
+    found = groups(net.grafts.grafts, net.head, {"adapter": 0.5, "head": 1.0, DRAWN: 0.1})
+    assert [g["kind"] for g in found] == ["adapter", "adapter"]  # the net has no head of its own
+    zero, drawn = found
+    assert zero["lr"] == 0.5
+    assert all(not p.any() for p in zero["params"]) and all(p.any() for p in drawn["params"])
+    size = torch.cat([p.detach().flatten() for p in drawn["params"]]).square().mean().sqrt()
+    assert drawn["lr"] == pytest.approx(0.1 * float(size))
+    everything = [p for g in found for p in g["params"]]
+    assert {id(p) for p in everything} == {id(p) for p in net.trained}
+    assert len(everything) == len(net.trained)
+
+
+def test_the_size_of_what_is_drawn_does_not_count_what_is_masked() -> None:
+    net = net_of("adapter")
+    rates_ = {"adapter": 0.5, "head": 1.0, DRAWN: 0.1}
+    with torch.no_grad():
+        for p in net.grafts.deltas.parameters():
+            p.copy_(torch.where(p == 0, p, 0.2))
+            if p.any():
+                p.view(-1)[::2] = 0
+    assert groups(net.grafts.grafts, net.head, rates_)[1]["lr"] == pytest.approx(0.02)
+
+
+@pytest.mark.parametrize(("kind", "rates_"), [
+    ("adapter", {"adapter": 0.5}),  # by hand
+    ("scale", {"scale": 0.05, DRAWN: 0.1}),  # 1 at init, so 0.05 is less than a tenth of it
+    ("bias", {"bias": 9.0, DRAWN: 0.1}),  # all zero: nothing is drawn
+])
+def test_otherwise_a_kind_has_one_rate(kind: str, rates_: dict[str, float]) -> None:
+    net = net_of(kind)
+    found = groups(net.grafts.grafts, net.head, {**rates_, "head": 1.0})
+    assert [(g["kind"], g["lr"]) for g in found] == [(kind, rates_[kind])]
+
+
+def test_lowering_leaves_the_head_and_relative_rates() -> None:
+    assert lowered({"lora": 2.0, "head": 3.0, DRAWN: 4.0}, 0.5) == {
+        "lora": 1.0, "head": 3.0, DRAWN: 4.0}

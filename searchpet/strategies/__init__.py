@@ -84,7 +84,8 @@ class Problem:
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates; each of several
         processes runs the whole batch, while `spread` has it share the rows.
-    rates:     learning rate of each kind, and of `head`.
+    rates:     learning rate of each kind, and of `head`; `drawn`, the relative one of parameters
+        that are not zero at init.
     room:      factor on the rates at which a step with all units open changes no more than it may.
     steps:     how many steps a learning strategy should take.
     loop:      loop(steps, **state) -> Loop; state are tensors, modules and optimizers.  A further

@@ -47,7 +47,7 @@ def search(
     net, space, device = problem.net, problem.space, problem.net.home
     price = space.cost.to(device).double()
     alpha = torch.zeros(len(space), device=device, requires_grad=True)
-    rates = dict.fromkeys(problem.rates, lr) if lr > 0 else problem.rates
+    rates = problem.rates if lr == 0 else {k: lr for k in problem.rates if k != "drawn"}
     groups = net.groups(rates)
     weights = [p for group in groups for p in group["params"]]
     speeds = [group["lr"] for group in groups for _ in group["params"]]
