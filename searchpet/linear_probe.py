@@ -11,6 +11,7 @@ arXiv:2202.10054.  See experiments/training/.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from searchpet.errors import InputError
 
 Batch = dict[str, Tensor]
 ROWS = 1024  # rows that the head is fitted to: the work of about ten steps of training
-SHRINK = 1e-2  # ridge penalty on the weights of standardised features
+SHRINK = (1e-2, 1e-1, 1.0, 10.0)  # ridge penalties on the weights of standardised features
+HELD = 4  # every fourth row tells which of them to take
 FLOOR = 0.1  # of a feature's size: what differs less than that is no ground to build on
 TURNS = 200  # at most, of L-BFGS
 
@@ -45,7 +47,8 @@ def fit_output(model: nn.Module, head: Iterable[str], batches: Sequence[Batch],
     spread = spread.clamp_min(FLOOR * float(x.square().mean().sqrt()) or 1.0)
     if layer.bias is None:  # nothing that could make up for what is taken off
         mean = torch.zeros_like(mean)
-    weight, bias = _solve((x - mean) / spread, y, layer.out_features, layer.bias is not None)
+    problem = Problem(layer.out_features, layer.bias is not None)
+    weight, bias = problem.solve((x - mean) / spread, y)
     if not bool(weight.isfinite().all() and bias.isfinite().all()):
         raise InputError("a head must be fitted to finite features, but the backbone gives some "
                          "that are not; check the checkpoint, or take --precision fp32")
@@ -85,21 +88,41 @@ def _features(model: nn.Module, head: Iterable[str], batch: Batch, run: Callable
     return layer, x
 
 
-def _solve(x: Tensor, y: Tensor, outputs: int, centred: bool) -> tuple[Tensor, Tensor]:
-    """Weights (k, d) and biases (k,) of least penalised loss; x: (n, d) standardised float64."""
-    weight = x.new_zeros(outputs, x.shape[1], requires_grad=True)
-    bias = x.new_zeros(outputs, requires_grad=centred)
-    classes = not y.is_floating_point()
-    solver = torch.optim.LBFGS([weight, bias] if centred else [weight], max_iter=TURNS,
-                               line_search_fn="strong_wolfe")
+@dataclass(frozen=True)
+class Problem:
+    """A linear map of (n, d) standardised float64 features to k outputs; biased: with a bias."""
 
-    def loss() -> Tensor:
-        solver.zero_grad()
+    outputs: int
+    biased: bool
+
+    def solve(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights (k, d) and biases (k,); the penalty is chosen by rows held out."""
+        held = torch.arange(len(x), device=x.device) % HELD == HELD - 1
+        if not bool(held.any()):
+            return self.least(x, y, SHRINK[-1])
+        losses = [float(self.loss(*self.least(x[~held], y[~held], shrink), x[held], y[held]))
+                  for shrink in SHRINK]
+        return self.least(x, y, SHRINK[losses.index(min(losses))])
+
+    def least(self, x: Tensor, y: Tensor, shrink: float) -> tuple[Tensor, Tensor]:
+        """Weights and biases of least loss with a penalty."""
+        weight = x.new_zeros(self.outputs, x.shape[1], requires_grad=True)
+        bias = x.new_zeros(self.outputs, requires_grad=self.biased)
+        solver = torch.optim.LBFGS([weight, bias] if self.biased else [weight], max_iter=TURNS,
+                                   line_search_fn="strong_wolfe")
+
+        def penalised() -> Tensor:
+            solver.zero_grad()
+            value = self.loss(weight, bias, x, y) + shrink * weight.square().sum()
+            value.backward()
+            return value
+
+        solver.step(penalised)
+        return weight.detach(), bias.detach()
+
+    def loss(self, weight: Tensor, bias: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy of classes, squared error of numbers."""
         out = x @ weight.T + bias
-        value = F.cross_entropy(out, y) if classes else F.mse_loss(out, y.double().view_as(out))
-        value = value + SHRINK * weight.square().sum()
-        value.backward()
-        return value
-
-    solver.step(loss)
-    return weight.detach(), bias.detach()
+        if y.is_floating_point():
+            return F.mse_loss(out, y.double().view_as(out))
+        return F.cross_entropy(out, y)

@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
 from searchpet.errors import InputError
-from searchpet.linear_probe import SHRINK, fit_output
+from searchpet.linear_probe import SHRINK, Problem, fit_output
 from searchpet.multitask import Heads, MultiSession, turn_to
 from searchpet.session import Session
 from searchpet.settings import Settings
@@ -48,24 +48,56 @@ def start(model: Plain, x: Tensor, y: Tensor) -> tuple[np.ndarray[Any, Any], Any
     return (model.classifier.weight.detach() * x.std(0)).numpy(), scaled.numpy()
 
 
-def test_classes_are_solved_as_scikit_learn_solves_them() -> None:
+@pytest.mark.parametrize("shrink", SHRINK)
+def test_classes_are_solved_as_scikit_learn_solves_them(shrink: float) -> None:
     x = rows()
     y = (x[:, 0] > 3).long() + (x[:, 1] > 5).long()
-    model = Plain(6, 3)
+    scaled = ((x - x.mean(0)) / x.std(0)).double()
+    weight, bias = Problem(3, biased=True).least(scaled, y, shrink)
+    peer = LogisticRegression(C=1 / (2 * shrink * len(x)), tol=1e-10, max_iter=10_000)
+    peer.fit(scaled.numpy(), y.numpy())
+    assert weight.numpy() == pytest.approx(peer.coef_, abs=1e-3)
+    centre = peer.intercept_ - peer.intercept_.mean()  # they are free up to a common constant
+    assert (bias - bias.mean()).numpy() == pytest.approx(centre, abs=1e-2)
+
+
+@pytest.mark.parametrize("shrink", SHRINK)
+def test_numbers_are_solved_as_scikit_learn_solves_them(shrink: float) -> None:
+    x = rows().double()
+    y = 2 * x[:, 2] - x[:, 5] + 1
+    scaled = (x - x.mean(0)) / x.std(0)
+    weight, bias = Problem(1, biased=True).least(scaled, y, shrink)
+    peer = Ridge(alpha=shrink * len(x)).fit(scaled.numpy(), y.numpy())
+    assert weight[0].numpy() == pytest.approx(peer.coef_, rel=1e-3, abs=1e-3)
+    assert float(bias) == pytest.approx(float(y.mean()), abs=1e-3)
+
+
+def test_the_layer_answers_on_features_as_they_come() -> None:
+    x = rows()
+    y = (x[:, 0] > 3).long()
+    model = Plain(6, 2)
     found, scaled = start(model, x, y)
-    peer = LogisticRegression(C=1 / (2 * SHRINK * len(x)), tol=1e-10, max_iter=10_000)
-    assert found == pytest.approx(peer.fit(scaled, y.numpy()).coef_, abs=1e-3)
+    means = torch.from_numpy(scaled @ found.T)
+    shift = (model.classifier(x) - means).detach()
+    assert shift.std(0).max() < 1e-3  # the same but for a constant, the bias
     assert (model.classifier(x).argmax(1) == y).float().mean() > 0.85
 
 
-def test_numbers_are_solved_as_scikit_learn_solves_them() -> None:
-    x = rows()
-    y = 2 * x[:, 2] - x[:, 5] + 1
-    model = Plain(6, 1)
-    found, scaled = start(model, x, y)
-    peer = Ridge(alpha=SHRINK * len(x)).fit(scaled, y.numpy())
-    assert found[0] == pytest.approx(peer.coef_, abs=1e-2)
-    assert model.classifier(x).mean().item() == pytest.approx(float(y.mean()), abs=1e-2)
+def test_rows_held_out_choose_the_penalty() -> None:
+    """What can be learned is learned; noise is not learned by heart."""
+    x = torch.randn(120, 80, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randint(2, (120,), generator=torch.Generator().manual_seed(1))
+    for y, low, high in ((noise, 0.5, 0.8), ((x[:, 0] > 0).long(), 0.0, 0.5)):
+        problem = Problem(2, biased=True)
+        loss = float(problem.loss(*problem.solve(x, y), x, y))
+        assert low < loss < high
+    assert float(problem.loss(*problem.least(x, noise, SHRINK[0]), x, noise)) < 0.1
+
+
+def test_too_few_rows_to_hold_any_out_take_the_strongest_penalty() -> None:
+    x, y = rows(3).double(), torch.tensor([0, 1, 0])
+    problem = Problem(2, biased=True)
+    assert torch.equal(problem.solve(x, y)[0], problem.least(x, y, SHRINK[-1])[0])
 
 
 def test_without_a_bias_nothing_is_taken_off_the_features() -> None:
