@@ -12,6 +12,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 
+from searchpet import linear_probe
 from searchpet.errors import InputError
 from searchpet.linear_probe import SHRINK, Problem, fit_output
 from searchpet.multitask import Heads, MultiSession, turn_to
@@ -91,7 +92,7 @@ def test_rows_held_out_choose_the_penalty() -> None:
         problem = Problem(2, biased=True)
         loss = float(problem.loss(*problem.solve(x, y), x, y))
         assert low < loss < high
-    assert float(problem.loss(*problem.least(x, noise, SHRINK[0]), x, noise)) < 0.1
+    assert float(problem.loss(*problem.least(x, noise, SHRINK[0]), x, noise)) < 0.3
 
 
 def test_too_few_rows_to_hold_any_out_take_the_strongest_penalty() -> None:
@@ -124,7 +125,10 @@ def test_features_that_hardly_differ_do_not_make_large_weights() -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("left", [False, True])
-def test_every_familys_output_layer_is_fitted_and_nothing_else(family: str, left: bool) -> None:
+def test_every_familys_output_layer_is_fitted_and_nothing_else(
+    family: str, left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear_probe, "SHRINK", (1e-2,))  # the labels are noise
     model = tiny.model(family)
     batches = [tiny.inputs(family, rows=8, seed=s) for s in range(4)]
     for s, batch in enumerate(batches):

@@ -334,7 +334,7 @@ def test_the_command_goes_on_after_a_kill_in_each_of_its_loops(
     torch.set_num_threads(1)  # as the processes that are killed: the numbers must be the same
     try:
         assert cli.main([*words, "--out", "done"]) == 0
-        for signal, resume in (("search 6", []), ("search-2 3", ["--resume"])):
+        for signal, resume in (("search 4", []), ("search-2 3", ["--resume"])):
             killed = cut_off([*words, "--out", "cut", *resume], f"SIGKILL {signal}", tmp_path)
             assert killed.returncode == -9, killed.stderr
         assert cli.main([*words, "--out", "cut", "--resume"]) == 0
