@@ -20,6 +20,7 @@ from searchpet.backbone import config_hash, load_backbone
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.grafts import Graft, Grafts
+from searchpet.processes import from_first
 from searchpet.realise import (
     cut,
     mask_grafts,
@@ -220,10 +221,11 @@ def part_of(tensors: dict[str, Tensor], trained: Trained, task: str | None,
 
 
 def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],
-               trained: Trained) -> None:
-    """Write the trained tensors, deltas and head, and nothing else."""
+               trained: Trained) -> str:
+    """Write the trained tensors, deltas and head, and nothing else; the file's sha256."""
     folder.write_tensors(DELTA_FILE, trained_tensors(model, head),
                          {"searchpet": trained.model_dump_json()})
+    return from_first(lambda: folder.digest(DELTA_FILE))
 
 
 def trained_tensors(model: nn.Module, head: frozenset[str]) -> dict[str, Tensor]:

@@ -252,7 +252,7 @@ def outcome_row(outcome: Outcome) -> dict[str, Any]:
         "score": next(iter(metrics.values())), "metrics": metrics,
         "validation_score": outcome.score, "trainable": outcome.trainable, "head": outcome.head,
         "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
-        "removed": outcome.removed,
+        "removed": outcome.removed, "tensors": outcome.tensors,
     }
 
 
@@ -269,7 +269,7 @@ def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test:
         "seed": session.settings.seed, "tau": row["tau"],
         "spec_hash": spec.hash if spec else None,
         "keep": spec.keep.model_dump() if spec and spec.keep else None,
-        "removed": row["removed"],
+        "removed": row["removed"], "tensors": row.get("tensors"),
         "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
         "warnings": list(session.task.warnings),
     }

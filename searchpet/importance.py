@@ -4,6 +4,7 @@ An attention head takes out its rows of query, key and value and its columns of 
 group of neurons its rows and columns of the feed-forward; a sublayer or layer all of its matrices.
 Beside the scores of `searchpet.scores` that a few batches can measure there are
 
+- low_rank: of LoRA's factors instead of the weights' own gradients; matrices without LoRA count 0;
 - gate: |dL/dz| of the unit's gate, per batch, Taylor expansion of Michel et al. 2019,
   arXiv:1905.10650, eq. 2;
 - energy: the squared singular values of a group of directions (ranks alone);
@@ -14,7 +15,7 @@ Beside the scores of `searchpet.scores` that a few batches can measure there are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,19 @@ from torch import Tensor
 
 from searchpet import catalog
 from searchpet.errors import InputError, unknown
+from searchpet.factors import rows_of
 from searchpet.hosts import NOTHING, Hosts
 from searchpet.limits import masks_of
-from searchpet.scores import needs_of
+from searchpet.scores import LowRank, Score, Stats, needs_of
 from searchpet.site import Site
 from searchpet.space import Space
-from searchpet.stats import WANTS, collect, collect_contributions
+from searchpet.stats import (
+    WANTS,
+    collect,
+    collect_contributions,
+    collect_parameters,
+    evaluating,
+)
 from searchpet.supernet import Supernet
 
 Batch = dict[str, Tensor]
@@ -44,7 +52,7 @@ POSITIONS: dict[str, Callable[[int, int], float]] = {  # layer, depth -> what st
 def names() -> list[str]:
     """Scores that units can be given."""
     scores = [n for n in catalog.names("scores")
-              if set(needs_of(catalog.get("scores", n))) <= {*WANTS, "generator"}]
+              if set(needs_of(catalog.get("scores", n))) <= {*WANTS, "generator", "low_rank"}]
     return sorted([*scores, "contribution", "energy", "gate", *POSITIONS])
 
 
@@ -124,7 +132,35 @@ def _weights(name: str, net: Supernet, batches: Sequence[Batch], loss: Loss,
     want = set(needs_of(score)) & set(WANTS)
     stats = collect(net.model, {s.path for s in linears}, batches, loss, want=want,
                     generator=generator)
+    if "low_rank" in needs_of(score):
+        return add_up(_low_rank(score, net, stats, batches, loss), linears, space)
     return add_up({path: score(stat) for path, stat in stats.items()}, linears, space)
+
+
+def _low_rank(score: Score, net: Supernet, stats: Mapping[str, Stats], batches: Sequence[Batch],
+              loss: Loss) -> dict[str, Tensor]:
+    """Scores of matrices by path (d_out, d_in) from the open atoms of the LoRA on them; 0 without.
+    """
+    loras: list[tuple[Any, Tensor]] = [
+        (graft, z > 0.5) for graft, z in zip(net.grafts.grafts, net.grafts.z, strict=True)
+        if graft.kind == "lora"]
+    if not loras:
+        raise InputError(f"score low_rank needs LoRA, but space {net.space.name} has none; take "
+                         "--space wide, or score snip")
+    factors = {f"{graft.key}/{name}": getattr(graft.delta, name)
+               for graft, _ in loras for name in ("A", "B")}
+    with evaluating(net.model):
+        own = collect_parameters(factors, batches, loss, want={"grad"})
+    found = {path: torch.zeros_like(stat.weight) for path, stat in stats.items()}
+    for graft, open_ in loras:
+        a, b = own[f"{graft.key}/A"], own[f"{graft.key}/B"]
+        assert a.grad is not None and b.grad is not None  # what was wanted
+        rows = rows_of(graft.site).to(a.weight.device)
+        found[graft.site.path][rows] = score(Stats(
+            stats[graft.site.path].weight[rows],
+            low_rank=LowRank(a.weight[open_], b.weight[:, open_], a.grad[open_], b.grad[:, open_],
+                             graft.delta.scaling)))
+    return found
 
 
 def add_up(scores: dict[str, Tensor], linears: Sequence[Site], space: Space) -> Tensor:

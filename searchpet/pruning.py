@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -14,9 +15,12 @@ from searchpet.errors import InputError, unknown
 from searchpet.flops import flops as count_flops
 from searchpet.hosts import Hosts
 from searchpet.inference import Cost, flops, weights
-from searchpet.latency import Table, cost_of, measure
+from searchpet.latency import Table
+from searchpet.latency import cost_of as priced
+from searchpet.latency import measure as time_of
 from searchpet.limits import Keep, Limits, masks_of
 from searchpet.probe import positions
+from searchpet.site import Site
 from searchpet.space import Space
 from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import KeepUse
@@ -85,7 +89,7 @@ def keep_of(prune: Prune, model: nn.Module, space: Space, table: Table | None = 
     Raises InputError where the masks cannot reach it.
     """
     hosts = Hosts(space.sites, masks_of(space))
-    cost = _cost(prune, model, space, hosts, table)
+    cost = cost_of(prune.measure, model, space.sites, hosts, len(space), table)
     if not cost.dense > 0:  # times of a tiny model are lost in noise
         raise InputError(f"--keep-{prune.measure} needs blocks that cost something, but this "
                          f"model's cost is {cost.dense:g}; take --keep-flops")
@@ -117,16 +121,20 @@ def used(keep: Keep, left: float) -> KeepUse:
                    dense=keep.cost.dense)
 
 
-def _cost(prune: Prune, model: nn.Module, space: Space, hosts: Hosts, table: Table | None,
-          ) -> Cost:
-    if prune.measure == "weights":
-        return weights(space.sites, hosts, len(space))
-    if prune.measure == "latency":
-        return cost_of(table or measure(model, space.sites), space.sites, hosts, len(space))
+def cost_of(measure: str, model: nn.Module, sites: Sequence[Site], hosts: Hosts, units: int,
+            table: Table | None = None) -> Cost:
+    """A measure of inference as a function of the prune units' gates.
+
+    table: of latencies, else they are measured now.
+    """
+    if measure == "weights":
+        return weights(sites, hosts, units)
+    if measure == "latency":
+        return priced(table or time_of(model, sites), sites, hosts, units)
     tokens = min(TOKENS, positions(model)) if takes_text(model) else None
-    layers = {site.path: (site.part, site.layer) for site in space.sites if site.form == "layer"}
+    layers = {site.path: (site.part, site.layer) for site in sites if site.form == "layer"}
     counted = {layers[path]: float(n) for path, n in count_flops(model).items() if path in layers}
-    return flops(space.sites, hosts, len(space), counted, tokens)
+    return flops(sites, hosts, units, counted, tokens)
 
 
 def takes_text(model: nn.Module) -> bool:

@@ -27,7 +27,7 @@ from searchpet.errors import InputError
 LOG_EVERY = 10  # steps between two lines of log.jsonl
 # what every result.json has
 RESULT = ("task", "metric", "split", "score", "strategy", "trainable", "head", "backbone",
-          "fraction", "budget_limit", "spec_hash", "keep", "removed", "seed", "seconds")
+          "fraction", "budget_limit", "spec_hash", "keep", "removed", "tensors", "seed", "seconds")
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,10 @@ class RunFolder:
                       metadata: Mapping[str, str] | None = None) -> None:
         own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         self._replace(name, lambda partial: save_file(own, partial, dict(metadata or {})))
+
+    def digest(self, name: str) -> str:
+        """sha256 of a file, in hex."""
+        return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
 
     def read_tensors(self, name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Tensors and metadata.  Raises InputError when the file is absent or damaged."""

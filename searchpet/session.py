@@ -51,6 +51,7 @@ class Outcome:
     """A finished training: validation score, test metrics if asked for, counts, time.
 
     removed: whether what the spec prunes was really taken out; False if masked or nothing.
+    tensors: sha256 of delta.safetensors, where one was written.
     """
 
     score: float
@@ -62,6 +63,7 @@ class Outcome:
     step: int
     seconds: float
     removed: bool = False
+    tensors: str | None = None
 
 
 class Session:
@@ -229,13 +231,15 @@ class Session:
             if after is not None:
                 after(model)
             tested = self.evaluate(model, "test") if test else None
+            written = None
             if folder is not None and isinstance(method, Spec):
-                save_delta(folder, model, self.head, self.trained(method))
+                written = save_delta(folder, model, self.head, self.trained(method))
             removed = spoils and method != "full" and not has_masks(model)
         trained = self.identity.parameters if method == "full" else count - self.head_size
         return Outcome(
             result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
-            self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed)
+            self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed,
+            written)
 
     def sweep(self, method: Spec | str, folder: RunFolder | None, seed: int,
               ) -> list[tuple[float, float]]:

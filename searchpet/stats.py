@@ -57,7 +57,7 @@ def collect(model: nn.Module, linears: Mapping[str, nn.Module] | Iterable[str],
         squares[path] = squares[path] + part if path in squares else part
 
     watched = _watch(named, see) if "norm" in want else contextlib.nullcontext()
-    with _evaluating(model), _trainable(weights.values(), among=model.parameters()):
+    with evaluating(model), _trainable(weights.values(), among=model.parameters()):
         found = _measure(weights, list(batches), run, want, watched)
     stats = {}
     for path, weight in weights.items():
@@ -105,7 +105,7 @@ def collect_contributions(model: nn.Module, sites: Collection[Site], batches: It
         total[path] += float(contribution(x, y, counts)) * tokens
         count[path] += tokens
 
-    with _evaluating(model), _watch(modules, see), torch.no_grad():
+    with evaluating(model), _watch(modules, see), torch.no_grad():
         for batch in batches:
             now[:] = [batch]
             loss(batch)
@@ -252,7 +252,7 @@ def _is_turned(path: str, module: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode after."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,7 +1,6 @@
 """Verify: count again what a run claims, on the model itself.
 
-What it cannot say: a score needs the task's data, `evaluate` measures it.  Trained tensors that
-were changed at equal shapes look like others, as no file holds their hash.  A time is not taken
+What it cannot say: a score needs the task's data, `evaluate` measures it.  A time is not taken
 again, since it never comes out the same: where the run has no table of them, what is left is taken
 as said, and the limit is checked against the file's own figure of the whole.
 """
@@ -20,18 +19,17 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from searchpet import catalog
-from searchpet.apply import grafts, has_masks, part_of, read_delta, restore
+from searchpet.apply import DELTA_FILE, grafts, has_masks, part_of, read_delta, restore
 from searchpet.budget import Budget
 from searchpet.bulk import read_mask
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.flops import flops
-from searchpet.inference import Cost, weights
-from searchpet.inference import flops as flops_cost
-from searchpet.latency import Table, cost_of
+from searchpet.inference import Cost
+from searchpet.latency import Table
 from searchpet.masks import legal_n_m
-from searchpet.probe import outputs, positions, random_inputs, rows
-from searchpet.pruning import TOKENS, Prune, takes_text
+from searchpet.probe import outputs, random_inputs, rows
+from searchpet.pruning import Prune, cost_of
 from searchpet.realise import Structure, structure
 from searchpet.run import RunFolder
 from searchpet.space import make
@@ -108,7 +106,8 @@ def _parameters(folder: RunFolder, spec: Spec, claims: Mapping[str, Any], masked
         _same("trainable parameters of the deltas", stored, trainable),
         Check("within the budget", budget.limit, counted, counted <= budget.limit),
         *_result(claims, {
-            "trainable": stored, "head": heads, "backbone": whole, "fraction": stored / whole,
+            "tensors": folder.digest(DELTA_FILE), "trainable": stored, "head": heads,
+            "backbone": whole, "fraction": stored / whole,
             "budget_limit": limit, "spec_hash": spec.hash,
             "keep": spec.keep.model_dump() if spec.keep else None})]
 
@@ -190,21 +189,15 @@ def _allowed(keep: KeepUse, single: bool) -> Check:
 
 def _cost(keep: KeepUse, model: nn.Module, of: Structure, folder: RunFolder) -> Cost | None:
     """The measure as the search counted it, over the spec's masks; None where it cannot be."""
-    sites, ids = of.hosts.sites, len(of.keep)
-    if keep.measure == "weights":
-        return weights(sites, of.hosts, ids)
-    if keep.measure == "flops":
-        tokens = min(TOKENS, positions(model)) if takes_text(model) else None
-        layers = {site.path: (site.part, site.layer) for site in sites if site.form == "layer"}
-        counted = {layers[path]: float(n) for path, n in flops(model).items() if path in layers}
-        return flops_cost(sites, of.hosts, ids, counted, tokens)
-    if keep.measure == "latency" and folder.has("latency.json"):  # times of the search itself
+    table = None
+    if keep.measure == "latency":
+        if not folder.has("latency.json"):  # times of the search itself
+            return None
         try:
             table = Table.model_validate(folder.read_json("latency.json"))
         except ValidationError as error:
             raise InputError(f"{folder.path / 'latency.json'}: {first_problem(error)}") from error
-        return cost_of(table, sites, of.hosts, ids)
-    return None
+    return cost_of(keep.measure, model, of.hosts.sites, of.hosts, len(of.keep), table)
 
 
 def _plan(spec: Spec, of: Structure) -> list[Check]:

@@ -321,6 +321,51 @@ def test_a_score_tells_what_does_not_matter(name: str) -> None:
     assert not score[~space.prunes].any()
 
 
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt_neox"])  # linears apart, turned, fused
+def test_low_rank_scores_units_by_the_factors_of_lora(family: str) -> None:
+    """Of a head: its columns of the attention's output, and its rows of query, key and value."""
+    model = tiny.model(family)
+    space = tiny.space(model, tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("heads", "atom"))
+    given = problem(model, space, 300)
+    tiny.perturb(given.net.grafts.deltas.parameters(), 0.1)
+    open_ = torch.ones(len(space))
+    open_[tiny.some(len(space), 3) & ~space.prunes] = 0  # some atoms closed
+    given.net.z = open_
+    model.eval()
+    batch = given.train[0]
+    score = _importance(given, "low_rank", [batch])
+    loras = [(g, z) for g, z in zip(given.net.grafts.grafts, given.net.grafts.z, strict=True)
+             if g.kind == "lora"]
+    slopes = iter(torch.autograd.grad(
+        given.loss(batch), [p for g, _ in loras for p in (g.delta.A, g.delta.B)]))
+    expected = torch.zeros(len(space), dtype=torch.float64)
+    heads = {p.site.layer: p for p in space.placements if p.kind == "heads"}
+    for graft, z in loras:
+        d, grad_a, grad_b = graft.delta, next(slopes), next(slopes)
+        g = d.scaling * (grad_b @ torch.diag(z) @ d.A + d.B @ torch.diag(z) @ grad_a
+                         - grad_b @ torch.diag(z) @ grad_a)
+        module = model.get_submodule(graft.site.path)
+        weight = module.weight.T if family == "gpt2" else module.weight
+        if graft.site.index:
+            weight = torch.cat([weight[a:b] for a, b in graft.site.index])
+        value = (g * (weight + d.scaling * d.B @ torch.diag(z) @ d.A)).abs().double()
+        mask = heads.get(graft.site.layer)
+        kind = graft.site.role.removeprefix("attention.")
+        if mask is not None and kind in ("query", "key", "value", "output"):
+            along = value.sum(0) if kind == "output" else value.sum(1)
+            units = space.unit[mask.start : mask.start + mask.width]
+            expected[units] += along.view(len(units), -1).sum(1).detach()
+    assert bool(expected[space.prunes].all())
+    torch.testing.assert_close(score, expected, rtol=1e-4, atol=1e-9)
+
+
+def test_low_rank_needs_lora() -> None:
+    model = tiny.model("bert")
+    given = problem(model, tiny.space(model, tiny.rule("bias"), tiny.rule("heads", "atom")), 300)
+    with pytest.raises(InputError, match="needs LoRA, but space test has none"):
+        _importance(given, "low_rank", [given.train[0]])
+
+
 @pytest.mark.parametrize(("given", "message"), [
     ({"keep_flops": "0%"}, "--keep-flops must be a share in"),
     ({"keep_flops": "100%"}, "--keep-flops must be a share in"),

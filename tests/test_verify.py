@@ -16,6 +16,7 @@ import searchpet
 from searchpet import cli
 from searchpet.errors import InputError
 from searchpet.latency import Table
+from searchpet.run import RunFolder
 from searchpet.spec import Spec
 from searchpet.verify import verify
 from tests.commands import workplace
@@ -111,6 +112,15 @@ def test_a_masked_run_is_counted_and_says_that_nothing_was_removed(
     assert cli.main(["verify", "strange"]) == 0
     (line,) = [row for row in capsys.readouterr().out.splitlines() if "really removed" in row]
     assert line.split() == ["ok", "really", "removed", "no", "no"]
+
+
+def test_numbers_changed_after_the_training_are_found(home: Path, tmp_path: Path) -> None:
+    shutil.copytree("flops", tmp_path / "flops")
+    tensors, said = RunFolder(tmp_path / "flops").read_tensors("delta.safetensors")
+    name = max(tensors, key=lambda key: tensors[key].numel())
+    tensors[name].view(-1)[0] += 1e-3
+    RunFolder(tmp_path / "flops").write_tensors("delta.safetensors", tensors, said)
+    assert wrong(tmp_path / "flops") == ["tensors of result.json"]
 
 
 def test_masks_of_n_of_m_are_told_apart(home: Path) -> None:
