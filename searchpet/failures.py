@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import shlex
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from searchpet.errors import InputError
 
@@ -22,6 +23,9 @@ def explain(error: Exception, words: Sequence[str]) -> str | None:
     elif _out_of_memory(error):
         text = ("memory must hold a batch and what is trained, but it ran out; try a smaller "
                 f"--batch-size with --accumulate, or --max-length{continuation(words)}")
+    elif (reason := _storage(error)) is not None:
+        text = (f"a study's storage must answer to the end, but it stopped: {reason}; trials that "
+                f"were under way will be run again{continuation(words)}")
     elif (reason := _system(error)) is not None:
         text = f"{reason}; what was written before is kept{continuation(words)}"
     else:
@@ -52,3 +56,23 @@ def _system(error: Exception) -> str | None:
         advice = "; free some disk space" if error.errno == errno.ENOSPC else ""
         return f"{error.strerror or error}{where}{advice}"
     return None
+
+
+def _storage(error: BaseException | None) -> str | None:
+    """What a study's database said at last, where an error came of that."""
+    while error is not None and not _of_storage(error):
+        error = error.__cause__ or error.__context__  # Optuna stumbles over some of them
+    if error is None:
+        return None
+    while _of_storage(error.__cause__):
+        error = error.__cause__
+    said: object = getattr(error, "details", None)  # gRPC's own text
+    text = str(said() if callable(said) else getattr(error, "orig", None) or error)
+    return text.strip().splitlines()[0] if text.strip() else repr(error)
+
+
+def _of_storage(error: BaseException | None) -> TypeGuard[BaseException]:
+    """Whether an error is one of the libraries that reach a database."""
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    return bool(names & {("sqlalchemy", "SQLAlchemyError"), ("grpc", "RpcError"),
+                         ("optuna", "StorageInternalError")})

@@ -101,10 +101,13 @@ def run_proxy(storage: BaseStorage, host: str, port: int) -> None:
     Raises InputError where the port is taken or grpcio is not installed.
     """
     try:
+        with socket.socket() as trial:  # gRPC would share the port with whoever has it
+            trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            trial.bind((host, port))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             optuna.storages.run_grpc_proxy_server(storage, host=host, port=port)
-    except (ImportError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         raise InputError(f"--serve needs a free port and grpcio, but {host}:{port}: "
                          f"{reason(error)}") from error
 
@@ -225,9 +228,11 @@ class Standing:
         return self.complete + self.pruned + self.failed
 
 
-def standing(study: Study) -> Standing:
-    """Counts of trials; one that died and was repeated counts once, a surplus one not at all."""
-    trials = trials_of(study)
+def standing(of: Study | Sequence[FrozenTrial]) -> Standing:
+    """Counts of a study's trials, or of those that `trials_of` has just given; one that died and
+    was repeated counts once, a surplus one not at all.
+    """
+    trials = trials_of(of) if isinstance(of, Study) else of
     latest = {root(trial): trial for trial in trials}  # in the order of numbers
     count = {state: sum(t.state == state for t in latest.values()) for state in TrialState}
     return Standing(fresh=len(latest), complete=count[TrialState.COMPLETE],

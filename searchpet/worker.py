@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -115,23 +115,24 @@ class Worker:
         """Take trials until there are enough, and none is left behind by a worker that died."""
         take_back(self.study)
         while time.time() < self.deadline:
-            now = standing(self.study)
+            trials = trials_of(self.study)  # asked for once: it is what a trial costs most
+            now = standing(trials)
             if now.waiting or now.fresh < self.question.trials:
-                self._next(now)
+                self._next(trials, now)
             elif now.running:
                 time.sleep(PAUSE)
                 take_back(self.study)
             else:
                 return
 
-    def _next(self, now: Standing) -> None:
+    def _next(self, trials: Sequence[FrozenTrial], now: Standing) -> None:
         """Run one trial.  What it samples depends on its number and on what is finished, so that
         a study that was cut off goes on to the same trials.
         """
         q = self.question
         if not now.waiting:
-            self._start_with_known_good()
-        waiting = [root(t) for t in trials_of(self.study) if t.state == TrialState.WAITING]
+            self._start_with_known_good(trials)
+        waiting = [root(t) for t in trials if t.state == TrialState.WAITING]
         number = min(waiting, default=now.fresh)
         self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + number)
         self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs)
@@ -150,11 +151,11 @@ class Worker:
                 again(self.study, _frozen(self.study, running[0].number))
             raise
 
-    def _start_with_known_good(self) -> None:
+    def _start_with_known_good(self, trials: Sequence[FrozenTrial]) -> None:
         """Enqueue the next of the settings to try first that nobody has tried.  One at a time:
         a trial that was cut off is to be repeated before the next one begins.
         """
-        tried = [t.params or t.system_attrs.get("fixed_params") for t in trials_of(self.study)]
+        tried = [t.params or t.system_attrs.get("fixed_params") for t in trials]
         for start in self.question.space.starts():
             if start not in tried:
                 self.study.enqueue_trial(start)
