@@ -290,13 +290,23 @@ def take_back(study: Study) -> None:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _gone(trial.user_attrs.get(WORKER)):
+        if _gone(trial.user_attrs.get(WORKER)) or (unclaimed(trial) and _old(trial)):
             with contextlib.suppress(ValueError, optuna.exceptions.OptunaError):
                 study.tell(trial.number, state=TrialState.FAIL)  # refused if somebody else did
                 again(study, trial)
     for trial in {root(t): t for t in trials_of(study)}.values():
         if trial.state == TrialState.FAIL and FAILURE not in trial.user_attrs and _settled(trial):
             again(study, trial)
+
+
+def unclaimed(trial: FrozenTrial) -> bool:
+    """Whether a trial runs, but its worker has not said yet who it is, or died before it could."""
+    return trial.state == TrialState.RUNNING and WORKER not in trial.user_attrs
+
+
+def _old(trial: FrozenTrial) -> bool:
+    began = trial.datetime_start
+    return began is not None and time.time() - began.timestamp() > GRACE
 
 
 def _settled(trial: FrozenTrial) -> bool:

@@ -47,6 +47,7 @@ from searchpet.study import (
     standing,
     take_back,
     trials_of,
+    unclaimed,
 )
 from searchpet.tunefile import Knob, TuneFile
 
@@ -114,6 +115,9 @@ class Worker:
     def work(self) -> None:
         """Take trials until there are enough, and none is left behind by a worker that died."""
         take_back(self.study)
+        while any(map(unclaimed, trials_of(self.study))):  # what died so comes before what is new
+            time.sleep(PAUSE / 4)
+            take_back(self.study)
         while time.time() < self.deadline:
             trials = trials_of(self.study)  # asked for once: it is what a trial costs most
             now = standing(trials)

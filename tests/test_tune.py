@@ -20,7 +20,17 @@ import pytest
 from searchpet import cli
 from searchpet.errors import InputError
 from searchpet.spec import Spec
-from searchpet.study import WORKER, join, root, shown, standing, take_back, trials_of
+from searchpet.study import (
+    GRACE,
+    WORKER,
+    join,
+    root,
+    shown,
+    standing,
+    take_back,
+    trials_of,
+    unclaimed,
+)
 from searchpet.tune import duration, limits_of, rungs
 from tests.commands import ROOT, workplace
 
@@ -327,6 +337,21 @@ def test_a_trial_given_up_without_being_repeated_is_found(done: Path) -> None:
     assert standing(old).waiting == 1
     take_back(old)
     assert len(old.trials) == 2
+
+
+def test_a_trial_whose_worker_died_before_it_could_say_who_it_is_is_repeated(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = optuna.create_study()
+    study.ask()
+    take_back(study)
+    assert [unclaimed(t) for t in trials_of(study)] == [True]  # it may still say so
+    now = time.time()
+    monkeypatch.setattr("searchpet.study.time.time", lambda: now + GRACE + 1)
+    take_back(study)
+    assert [t.state.name for t in trials_of(study)] == ["FAIL", "WAITING"]
+    take_back(study)
+    assert len(study.trials) == 2
 
 
 # --- workers and collecting elsewhere ---
