@@ -5,8 +5,10 @@
 
 Workers are those of `searchpet tune`, with its default tuning space, but a trial only sleeps 2 s.
 Overhead is what a trial takes beyond that: sampling, the checks that no trial is lost or run
-twice, and the database.  With --load, the workers are threads of eight processes that reach the
-database through one gRPC proxy, whose processor time is taken; 1,000 workers are reckoned from it.
+twice, and the database.  Beside them a plain `study.optimize` with the same knobs and storage
+shows how much of that is Optuna's own.  With --load, the workers are threads of eight processes
+that reach the database through one gRPC proxy, whose processor time is taken; 1,000 workers are
+reckoned from it.
 Each result is a line of results.jsonl in --out.
 """
 
@@ -35,6 +37,7 @@ from optuna.trial import Trial
 from searchpet.ask import Ask
 from searchpet.settings import Settings
 from searchpet.study import admit, create, join, me, trials_of
+from searchpet.study import sampler as sampler_of
 from searchpet.tunefile import read_tune
 from searchpet.worker import Question, Worker, suggest
 
@@ -61,12 +64,28 @@ def question(trials: int, sampler: str) -> Question:
                     pruner="none")
 
 
+class Plain(Sleeper):
+    """Optuna by itself: no check, nothing enqueued; a fixed number of trials for each worker."""
+
+    def work(self) -> None:
+        def objective(trial: Trial) -> float:
+            trial.set_user_attr("by", f"{me()}/{self.name}")
+            suggest(trial, self.question.space)
+            time.sleep(SECONDS)
+            return random.Random(trial.number).random()
+
+        asked = self.question
+        self.study.sampler = sampler_of(asked.sampler, os.getpid() + int(self.name))
+        self.study.optimize(objective, n_trials=asked.trials // self.study.user_attrs["workers"])
+
+
 def be_worker(args: argparse.Namespace) -> None:
     """Threads that sleep through trials, from the moment that the study names."""
     def work(number: int) -> None:
         study = join(args.storage, args.study)
         asked = question(study.user_attrs["trials"], study.user_attrs["sampler"])
-        worker = Sleeper(asked, study, None, Path(), say=lambda _: None)  # type: ignore[arg-type]
+        kind = Plain if study.user_attrs["plain"] else Sleeper
+        worker = kind(asked, study, None, Path(), say=lambda _: None)  # type: ignore[arg-type]
         worker.name = str(number)
         time.sleep(max(0.0, study.user_attrs["go"] - time.time()))
         worker.work()
@@ -79,16 +98,18 @@ def be_worker(args: argparse.Namespace) -> None:
 
 
 def measured(storage: str, sampler: str, processes: int, threads: int, each: int,
-             address: str | None = None) -> dict[str, Any]:
+             address: str | None = None, plain: bool = False) -> dict[str, Any]:
     """Run `each` trials for every worker; trials a minute, and seconds beyond a trial's own.
 
-    address: where workers find the study, if not in the storage itself.
+    address: where workers find the study, if not in the storage itself; plain: Optuna alone.
     """
     workers = processes * threads
     name = f"scaling-{sampler}-{workers}-{time.time_ns()}"
     study = create(storage, name, ["maximize"], {"what": "sleep"}, resume=False)
     study.set_user_attr("trials", each * workers)
     study.set_user_attr("sampler", sampler)
+    study.set_user_attr("workers", workers)
+    study.set_user_attr("plain", plain)
     study.set_user_attr("go", time.time() + 15 + 2 * processes)  # they import first
     crew = [subprocess.Popen([sys.executable, __file__, "--storage", address or storage, "--study",
                               name, "--threads", str(threads)],
@@ -106,7 +127,8 @@ def measured(storage: str, sampler: str, processes: int, threads: int, each: int
     wall = (max(t.datetime_complete for t in trials) - begun).total_seconds()
     beyond = [(max(t.datetime_complete for t in own) - begun).total_seconds() / len(own) - SECONDS
               for own in spans.values()]
-    return {"sampler": sampler, "workers": len(spans), "trials": len(trials),
+    return {"by": "optuna" if plain else "searchpet", "sampler": sampler,
+            "workers": len(spans), "trials": len(trials),
             "trials_per_minute": round(60 * len(trials) / wall, 2),
             "overhead_ms": round(1000 * statistics.mean(beyond), 1),
             "overhead_ms_most": round(1000 * max(beyond), 1)}
@@ -158,17 +180,19 @@ def main() -> None:
     for sampler in args.samplers:
         alone = 0.0
         for count in [args.load] if args.load else args.workers:
-            row = (load(args.storage, count, sampler, args.each) if args.load
-                   else measured(args.storage, sampler, count, 1, args.each))
+            rows = ([load(args.storage, count, sampler, args.each)] if args.load else
+                    [measured(args.storage, sampler, count, 1, args.each, plain=plain)
+                     for plain in (False, True)])
             if count == 1:
-                alone = row["trials_per_minute"]
+                alone = rows[0]["trials_per_minute"]
             if alone:
-                row["efficiency"] = round(row["trials_per_minute"] / (count * alone), 3)
-            line = json.dumps({"storage": args.storage.partition(":")[0], "proxy": bool(args.load),
-                               **row, "machine": machine})
-            print(line, flush=True)
-            with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
+                rows[0]["efficiency"] = round(rows[0]["trials_per_minute"] / (count * alone), 3)
+            for row in rows:
+                line = json.dumps({"storage": args.storage.partition(":")[0],
+                                   "proxy": bool(args.load), **row, "machine": machine})
+                print(line, flush=True)
+                with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,211 @@
+"""Is the outer loop worth its time?  Four ways to spend the same processor time.
+
+    python experiments/outer_loop/run.py --data DIR [--tasks trec6 agreement] [--seeds 0 1 2]
+
+- default: one search with the defaults, as `searchpet search` does it.
+- tune: `searchpet tune`, 20 trials, TPE, successive halving.
+- random: the same knobs drawn at random, every trial to its end, for as long as `tune` took.
+- autopeft: `searchpet tune --strategy tpe`, where the knobs are the structure, for as long.
+
+Trials have 100 steps; the winner of each, chosen by validation, is trained anew with 300 steps
+at its own tau and scored on test, once.  Runs are told apart by task, way and seed, and lie in
+--out/work; what is there is not run again, and an unfinished study is continued.  Several
+processes may run this at once.  results.jsonl has a line per winner with the command,
+curves.jsonl the best validation score over the seconds of each study, table.md the means,
+curves.png a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from searchpet.ledger import claim
+from searchpet.study import join, trials_of
+
+WAYS = ("default", "tune", "random", "autopeft")
+SHORT, FULL, TRIALS = 100, 300, 20
+BUDGET = "0.01%"
+
+
+class Arm:
+    """One way on one task with one seed."""
+
+    def __init__(self, args: argparse.Namespace, task: str, way: str, seed: int) -> None:
+        self.task, self.way, self.seed = task, way, seed
+        self.folder = args.out / "work" / f"{task}-{way}-s{seed}"
+        self.data = args.data or "DIR"
+        self.common = ["--task", task, "--seed", str(seed), "--max-length", "32",
+                       *(["--data", args.data] if args.data and task != "agreement" else [])]
+
+    def words(self, seconds: float | None) -> list[str]:
+        """The command that finds a winner; seconds: what `tune` took."""
+        words = [*self.common, "--budget", BUDGET, "--steps", str(SHORT)]
+        if self.way == "default":
+            return ["search", *words, "--controls", "0"]
+        if self.way == "tune":
+            return ["tune", *words, "--trials", str(TRIALS)]
+        words += ["--trials", "1000", "--timeout", f"{seconds:.0f}s", "--pruner", "none"]
+        return ["tune", *words, *(["--sampler", "random"] if self.way == "random"
+                                  else ["--strategy", "tpe"])]
+
+    def find(self, seconds: float | None) -> dict[str, Any]:
+        """Run it, or go on with it; what it came to."""
+        found = self.folder / "found"
+        words = [*self.words(seconds), "--out", str(found), "--quiet"]
+        if not (found / "result.json").is_file():
+            began = time.monotonic()
+            resume = ["--resume"] if (found / "settings.json").is_file() else []
+            searchpet([*words, *resume])
+            note(self.folder / "seconds.json", time.monotonic() - began)
+        final = [*self.common, "--steps", str(FULL), "--test", "--out", str(self.folder / "final"),
+                 "--tau", str(json.loads((found / "result.json").read_text())["tau"]), "--quiet"]
+        if not (self.folder / "final" / "result.json").is_file():
+            resume = ["--resume"] if (self.folder / "final" / "settings.json").is_file() else []
+            searchpet(["train", str(found / "spec.json"), *final, *resume])
+        return self.line(words)
+
+    def line(self, words: list[str]) -> dict[str, Any]:
+        """A winner, and what its study spent on what."""
+        found = json.loads((self.folder / "found" / "result.json").read_text())
+        final = json.loads((self.folder / "final" / "result.json").read_text())
+        line = {"task": self.task, "way": self.way, "seed": self.seed, "score": final["score"],
+                "metric": final["metric"], "split": final["split"],
+                "validation_of_trial": found["validation_score"],
+                "trainable": final["trainable"], "strategy": found["strategy"],
+                "seconds": spent(self.folder),
+                "command": " ".join(["searchpet", *words[:-3]]).replace(self.data, "DIR")}
+        if self.way != "default":
+            trials = self.trials()
+            took: dict[str, list[float]] = defaultdict(list)
+            for trial in trials:
+                if "reused" not in trial.user_attrs:
+                    took[trial.state.name].append(trial.user_attrs.get("seconds", 0.0))
+            line |= {"trials": len(trials), **{
+                f"seconds_{name.lower()}": round(statistics.mean(values), 1)
+                for name, values in sorted(took.items())}}
+        return line
+
+    def trials(self) -> list[Any]:
+        return trials_of(join(f"sqlite:///{self.folder / 'found' / 'study.db'}", None))
+
+    def curve(self) -> list[tuple[float, float]]:
+        """(seconds, best validation score so far) after each trial that ran to its end."""
+        if self.way == "default":
+            result = json.loads((self.folder / "found" / "result.json").read_text())
+            return [(spent(self.folder), result["validation_score"])]
+        points, best = [], 0.0
+        trials = [t for t in self.trials() if t.values]
+        if trials:
+            began = min(t.datetime_start for t in trials)
+            for trial in sorted(trials, key=lambda t: t.datetime_complete):
+                best = max(best, trial.values[0])
+                points.append(((trial.datetime_complete - began).total_seconds(), best))
+        return points
+
+
+def searchpet(words: Sequence[str]) -> None:
+    """A command of its own process; its output goes through."""
+    print("searchpet", *words, flush=True)
+    subprocess.run([sys.executable, "-m", "searchpet", *words], check=True)
+
+
+def note(path: Path, seconds: float) -> None:
+    """Add seconds to what was spent before a stop."""
+    before = json.loads(path.read_text()) if path.is_file() else 0.0
+    path.write_text(json.dumps(round(before + seconds, 1)))
+
+
+def spent(folder: Path) -> float:
+    return float(json.loads((folder / "seconds.json").read_text()))
+
+
+def lines(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        yield from map(json.loads, path.read_text(encoding="utf-8").splitlines())
+
+
+def table(out: Path) -> str:
+    """Means and spreads over seeds, by task and way."""
+    rows: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for line in lines(out / "results.jsonl"):
+        rows[line["task"], line["way"]].append(line)
+    text = ["| task | way | mean | spread | seeds | seconds | trials |",
+            "|---|---|---|---|---|---|---|"]
+    for (task, way), found in sorted(rows.items(), key=lambda r: (r[0][0], WAYS.index(r[0][1]))):
+        scores = [line["score"] for line in found]
+        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+        text.append(
+            f"| {task} | {way} | {statistics.mean(scores):.4f} | {spread:.4f} | {len(scores)} | "
+            f"{statistics.mean(line['seconds'] for line in found):.0f} | "
+            f"{statistics.mean(line.get('trials', 1) for line in found):.0f} |")
+    return "\n".join(text) + "\n"
+
+
+def picture(out: Path) -> None:
+    """Best validation score over seconds, a line per seed, a colour per way."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    curves = list(lines(out / "curves.jsonl"))
+    tasks = sorted({curve["task"] for curve in curves})
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), squeeze=False)
+    colours = dict(zip(WAYS, ("#000000", "#0072b2", "#e69f00", "#009e73"), strict=True))
+    for axis, task in zip(axes[0], tasks, strict=True):
+        named = set()
+        for curve in (c for c in curves if c["task"] == task):
+            way, points = curve["way"], curve["points"]
+            axis.step([p[0] / 60 for p in points], [p[1] for p in points], where="post",
+                      marker="o", markersize=3, color=colours[way],
+                      label=None if way in named else way)
+            named.add(way)
+        axis.set(title=task, xlabel="minutes", ylabel="best validation score so far")
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="folder of task folders")
+    parser.add_argument("--tasks", nargs="+", default=["trec6", "agreement"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    for task in args.tasks:
+        for seed in args.seeds:
+            for way in args.ways:
+                arm = Arm(args, task, way, seed)
+                arm.folder.mkdir(parents=True, exist_ok=True)
+                key = {"task": task, "way": way, "seed": seed}
+                if any(line | key == line for line in lines(args.out / "results.jsonl")):
+                    continue
+                tuned = Arm(args, task, "tune", seed).folder
+                if way in ("random", "autopeft") and not (tuned / "final/result.json").is_file():
+                    continue  # its time is not known yet; the next call takes it up
+                with claim(arm.folder) as mine:
+                    if not mine:
+                        continue
+                    line = arm.find(spent(tuned) if way in ("random", "autopeft") else None)
+                    curve = key | {"points": arm.curve()}
+                    for name, row in (("results", line), ("curves", curve)):
+                        with (args.out / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+                            file.write(json.dumps(row) + "\n")
+    (args.out / "table.md").write_text(table(args.out), encoding="utf-8")
+    picture(args.out)
+    print(table(args.out))
+
+
+if __name__ == "__main__":
+    main()
