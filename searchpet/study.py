@@ -61,7 +61,9 @@ def open_storage(url: str) -> BaseStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             if kind == "journal":
-                return optuna.storages.JournalStorage(JournalFileBackend(rest))
+                # absolute: Optuna's lock is a link to the file, and of one that points nowhere it
+                # does not see that its owner died
+                return optuna.storages.JournalStorage(JournalFileBackend(os.path.abspath(rest)))
             if kind == "grpc":
                 return _proxy(rest)
             return _database(url)

@@ -24,6 +24,7 @@ from searchpet.study import (
     GRACE,
     WORKER,
     join,
+    open_storage,
     root,
     shown,
     standing,
@@ -321,6 +322,17 @@ def test_killed_workers_lose_no_trial(place: Path, storage: str) -> None:
     assert len(tries) == len(set(tries))  # none to its end twice
     assert Spec.load(out).hash == json.loads((place / out / "result.json").read_text())[
         "spec_hash"]
+
+
+def test_a_journals_lock_points_to_the_file(place: Path) -> None:
+    """Else the lock of a process that was killed is waited for without end."""
+    (place / "locks").mkdir()
+    storage: Any = open_storage("journal:locks/study.log")
+    lock = storage._backend._lock
+    lock.acquire()
+    assert Path(lock._lock_file).resolve() == (place / "locks" / "study.log").resolve()
+    assert Path(lock._lock_file).exists()
+    lock.release()
 
 
 def test_a_trial_given_up_without_being_repeated_is_found(done: Path) -> None:
