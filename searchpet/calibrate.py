@@ -12,8 +12,7 @@ lowered together where that change, measured as well, would exceed `CROWD` times
 
 The first step cannot see what comes second: while one factor of a product is zero, the other has
 no gradient.  A parameter that is not zero at init therefore moves by at most tau of its own size
-in a step.  Without that, the drawn factor of a thinned adapter (TREC-6, tau 0.1) grows by ten
-times its size in a step, and training stays at chance.
+in a step: a rate that suits the zero factor can be many times the size of the drawn one.
 """
 
 from __future__ import annotations

@@ -64,17 +64,22 @@ def worker(storage: str, study: str) -> subprocess.Popen[str]:
     return spawn(words, SEARCHPET_STORAGE=storage)
 
 
+def begun(storage: str, study: str, trials: int) -> None:
+    """A study behind the proxy that has had one trial and wants so many."""
+    assert cli.main([*JOB, "--storage", storage, "--study", study, "--trials", "1", "--out", study,
+                     "-q"]) == 0
+    join(storage, study).set_user_attr("trials", trials)
+
+
 def test_workers_behind_a_proxy_share_a_study(
     place: Path, proxy: tuple[str, subprocess.Popen[str]]
 ) -> None:
     storage, _ = proxy
-    assert cli.main([*JOB, "--storage", storage, "--study", "proxied", "--trials", "1", "--out",
-                     "parent", "-q"]) == 0
-    join(storage, "proxied").set_user_attr("trials", 6)
-    for crew in ([worker(storage, "proxied") for _ in range(2)],):
-        for member in crew:
-            text, _ = member.communicate(timeout=300)
-            assert member.returncode == 0, text
+    begun(storage, "proxied", 6)
+    crew = [worker(storage, "proxied") for _ in range(2)]
+    for member in crew:
+        text, _ = member.communicate(timeout=300)
+        assert member.returncode == 0, text
     study = join("sqlite:///proxied.db", "proxied")  # the proxy's own storage holds it all
     now = standing(study)
     assert (now.finished, now.running, now.waiting) == (6, 0, 0)
@@ -89,9 +94,7 @@ def test_a_proxy_that_dies_is_one_line(
     place: Path, proxy: tuple[str, subprocess.Popen[str]]
 ) -> None:
     storage, served = proxy
-    assert cli.main([*JOB, "--storage", storage, "--study", "dying", "--trials", "1", "--out",
-                     "dying", "-q"]) == 0
-    join(storage, "dying").set_user_attr("trials", 50)
+    begun(storage, "dying", 50)
     member = worker(storage, "dying")
     until = time.monotonic() + 120
     while standing(join(storage, "dying")).fresh < 3 and time.monotonic() < until:

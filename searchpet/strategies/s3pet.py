@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from searchpet.budget import fill, shift
+from searchpet.calibrate import DRAWN
 from searchpet.errors import InputError
 from searchpet.gates import concrete, decided, entropy
 from searchpet.strategies import Problem, Ranking, descend, law
@@ -47,7 +48,7 @@ def search(
     net, space, device = problem.net, problem.space, problem.net.home
     price = space.cost.to(device).double()
     alpha = torch.zeros(len(space), device=device, requires_grad=True)
-    rates = problem.rates if lr == 0 else {k: lr for k in problem.rates if k != "drawn"}
+    rates = problem.rates if lr == 0 else {k: lr for k in problem.rates if k != DRAWN}
     groups = net.groups(rates)
     weights = [p for group in groups for p in group["params"]]
     speeds = [group["lr"] for group in groups for _ in group["params"]]
