@@ -7,26 +7,23 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
+from searchpet import once
 from searchpet.apply import apply, load
 from searchpet.ask import STRATEGY, Ask
 from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.finished import evaluate, predict
-from searchpet.inherit import FILE as INHERITED
 from searchpet.inherit import must_learn, take
 from searchpet.latency import Table, measure
 from searchpet.launch import follow, jointly, opened
 from searchpet.merge import merge
 from searchpet.multitask import open_session, several
 from searchpet.processes import first
-from searchpet.propose import propose
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
-from searchpet.session import Outcome, Session
+from searchpet.session import Session
 from searchpet.settings import Settings, asked
 from searchpet.spec import Spec
 from searchpet.teach import losses, taught
@@ -109,7 +106,8 @@ def search(
     rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
             for i in range(controls) for name in CONTROLS]
     session.job = "full"
-    reference = _trained(session, folder.sub("controls/full"), "full", test=test) if full else {}
+    reference = once.train(session, folder.sub("controls/full"), "full", chosen.seed,
+                           test=test) if full else {}
     spec = Spec.load(folder.path)
     values = {
         **values_of(session, spec, main, test), "strategy": strategy,
@@ -164,7 +162,7 @@ def train(
         if bits := read_bits(found):
             folder.write_tensors(MASK_FILE, bits)
         folder.write_text("spec.json", found.text())
-    row = _trained(session, folder, found or str(reference), sweep=sweep, test=test)
+    row = once.train(session, folder, found or str(reference), chosen.seed, sweep=sweep, test=test)
     values = {
         **values_of(session, found, row, test),
         "strategy": found.provenance.get("strategy", "spec") if found else reference,
@@ -219,41 +217,12 @@ def _control(session: Session, folder: RunFolder, ask: Ask, number: int, test: b
 
 def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, test: bool,
                     inherit: bool = False) -> dict[str, Any]:
-    """Spec and training of one strategy in its folder; what is there already is kept."""
+    """Spec and training of one strategy in its folder."""
     session.job = ask.strategy
-    if not folder.has("spec.json"):
-        spec, seconds = propose(session, folder, ask, seed)
-        folder.write_json("search.json", {"seconds": seconds})
-        folder.write_text("spec.json", spec.text())
-    folder.drop("search*.checkpoint.safetensors")
-    follow(folder, "spec.json", MASK_FILE, INHERITED)
+    spec, seconds = once.find(session, folder, ask, seed)
     start = take(folder) if inherit else None
-    row = _trained(session, folder, Spec.load(folder.path), test=test, start=start)
-    return {**row, "search_seconds": folder.read_json("search.json")["seconds"]}
-
-
-def _trained(session: Session, folder: RunFolder, method: Spec | str, *, sweep: bool = False,
-             test: bool = False, start: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
-    """Train once per folder; training.json keeps the outcome."""
-    if not folder.has("training.json"):
-        seed = session.settings.seed
-        tried = session.sweep(method, folder, seed) if sweep else []
-        tau = max(tried, key=lambda pair: pair[1])[0] if tried else None
-        outcome = session.fit(method, folder, seed, tau=tau, test=test, start=start)
-        folder.write_json("training.json", {**outcome_row(outcome), "sweep": tried})
-    folder.drop("train.checkpoint.safetensors")
-    return dict(folder.read_json("training.json"))
-
-
-def outcome_row(outcome: Outcome) -> dict[str, Any]:
-    """An outcome as plain values; `score` is test's first metric where test was asked for."""
-    metrics = outcome.test or outcome.metrics
-    return {
-        "score": next(iter(metrics.values())), "metrics": metrics,
-        "validation_score": outcome.score, "trainable": outcome.trainable, "head": outcome.head,
-        "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
-        "removed": outcome.removed, "tensors": outcome.tensors,
-    }
+    row = once.train(session, folder, spec, session.settings.seed, test=test, start=start)
+    return {**row, "search_seconds": seconds}
 
 
 def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,

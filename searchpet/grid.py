@@ -23,20 +23,19 @@ from typing import Any
 
 from torch import Tensor
 
+from searchpet import once
 from searchpet.apply import apply, read_delta, write_tensors
-from searchpet.engine import outcome_row
 from searchpet.errors import InputError
 from searchpet.gridcells import Cell, cells_of, file_name, trainings_of
 from searchpet.gridfile import REFERENCES, GridFile, read_grid
 from searchpet.inherit import take
-from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, claim, write_table
+from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, alone, claim, write_table
 from searchpet.multitask import open_session
-from searchpet.propose import propose
 from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.spec import Spec
-from searchpet.teach import WEIGHTS, Teaching, taught
+from searchpet.teach import Teaching, taught
 
 
 @dataclass
@@ -132,15 +131,12 @@ def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[S
     """The structure of a structure seed, and the seconds that finding it took."""
     if cell.method.name in REFERENCES:
         return cell.method.name, 0.0
-    folder = RunFolder(cell.path).sub(f"structure-{seed}")
-    if not folder.has("spec.json"):
-        bench.progress(f"{cell} structure {seed}: search")
-        ask = bench.grid.ask(cell.method, cell.budget, cell.keep)
-        spec, seconds = propose(session, folder, ask, seed)
-        folder.write_json("search.json", {"seconds": seconds})
-        folder.write_text("spec.json", spec.text())
-    folder.drop("search*.checkpoint.safetensors")
-    return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
+    folder = RunFolder(cell.home).sub(f"structure-{seed}")
+    ask = bench.grid.ask(cell.method, cell.budget, cell.keep)
+    with alone(folder.path):  # a process with another cell may be at it
+        if not folder.has("spec.json"):
+            bench.progress(f"{cell} structure {seed}: search")
+        return once.find(session, folder, ask, seed)
 
 
 def _teaching(bench: Bench, cell: Cell, session: Session, terms: Recovery) -> Teaching:
@@ -150,11 +146,8 @@ def _teaching(bench: Bench, cell: Cell, session: Session, terms: Recovery) -> Te
     folder = RunFolder(bench.folder / "work" / file_name(cell.task) / "teacher")
     if not cell.method.distill:
         return taught(session, folder, None, terms)
-    while True:
-        with claim(folder.path) as mine:
-            if mine or folder.has(WEIGHTS):
-                return taught(session, folder, "full", terms)
-        time.sleep(1)
+    with alone(folder.path):
+        return taught(session, folder, "full", terms)
 
 
 def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
@@ -165,8 +158,8 @@ def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
     seed = bench.grid.seeds[0]
     for tau in bench.grid.taus:
         if cell.key(0, seed, tau) not in bench.sweeps.rows():
-            row = _train(session, _sweep_folder(cell, tau), method, seed, tau,
-                         start=_start(cell, 0))
+            row = once.train(session, _sweep_folder(cell, tau), method, seed, tau=tau,
+                             start=_start(cell, 0))
             line = _line(cell, session, row, (0, seed), seconds)
             bench.sweeps.add(line)
             bench.progress(f"{cell} sweep tau {tau:g}: {line['metric']} {line['score']:.4f} on "
@@ -190,7 +183,8 @@ def _final(bench: Bench, cell: Cell, session: Session, method: Spec | str,
         if isinstance(method, Spec) and swept.has("delta.safetensors"):
             return {**row, "score": _test_score(session, method, swept, seed), "split": "test"}
     folder = RunFolder(cell.path).sub(f"structure-{structure}-seed-{seed}")
-    row = _train(session, folder, method, seed, tau, test=test, start=_start(cell, structure))
+    row = once.train(session, folder, method, seed, tau=tau, test=test,
+                     start=_start(cell, structure))
     return {**row, "split": "test" if test else "validation"}
 
 
@@ -198,17 +192,7 @@ def _start(cell: Cell, structure: int) -> dict[str, Tensor] | None:
     """What a structure's search has left it to begin with, if it is to be used."""
     if not cell.method.inherit or cell.method.name in REFERENCES:
         return None
-    return take(RunFolder(cell.path).sub(f"structure-{structure}"))
-
-
-def _train(session: Session, folder: RunFolder, method: Spec | str, seed: int, tau: float, *,
-           test: bool = False, start: dict[str, Tensor] | None = None) -> Row:
-    """One training per folder."""
-    if not folder.has("training.json"):
-        outcome = session.fit(method, folder, seed, tau=tau, test=test, start=start)
-        folder.write_json("training.json", outcome_row(outcome))
-    folder.drop("train.checkpoint.safetensors")
-    return dict(folder.read_json("training.json"))
+    return take(RunFolder(cell.home).sub(f"structure-{structure}"))
 
 
 def _test_score(session: Session, spec: Spec, folder: RunFolder, seed: int) -> float:

@@ -15,13 +15,16 @@ from searchpet.session import Session
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell, and the folder for what it leaves behind."""
+    """A cell, and the folders for what it leaves behind: its trainings; its structures, which it
+    shares with all methods that ask for the same search.
+    """
 
     task: str
     budget: str
     share: float
     method: Method
     path: Path
+    home: Path
     keep: str = ""  # of the FLOPs, such as 60%; "": this cell does not prune
 
     @property
@@ -49,11 +52,11 @@ def cells_of(grid: GridFile, folder: Path, task: str, session: Callable[[], Sess
                 prunes = method.masks != "" and method.name not in REFERENCES
                 own = None if method.budget is None else str(method.budget)
                 if method.name in REFERENCES and i + j == 0:
-                    yield _cell(folder, task, "", REFERENCES[method.name], method, "")
+                    yield _cell(grid, folder, task, "", REFERENCES[method.name], method, "")
                 elif (method.name not in REFERENCES and (prunes or j == 0)
                       and (own is None or i == 0)):
                     budget = own or shared
-                    yield _cell(folder, task, budget, _share(budget, session), method,
+                    yield _cell(grid, folder, task, budget, _share(budget, session), method,
                                 keep if prunes else "")
 
 
@@ -76,10 +79,14 @@ def file_name(text: str) -> str:
     return text.replace("%", "pc").replace("/", "--").replace(":", "-").replace(" ", "_")
 
 
-def _cell(folder: Path, task: str, budget: str, share: float, method: Method, keep: str) -> Cell:
-    parts = [task, budget or "all", *([f"keep-{keep}"] if keep else []), method.name]
-    path = folder.joinpath("work", *(file_name(part) for part in parts))
-    return Cell(task, budget, share, method, path, keep)
+def _cell(grid: GridFile, folder: Path, task: str, budget: str, share: float, method: Method,
+          keep: str) -> Cell:
+    def path(name: str) -> Path:
+        parts = [task, budget or "all", *([f"keep-{keep}"] if keep else []), name]
+        return folder.joinpath("work", *map(file_name, parts))
+
+    home = method if method.name in REFERENCES else grid.searched_by(method, budget, keep)
+    return Cell(task, budget, share, method, path(method.name), path(home.name), keep)
 
 
 def _share(budget: str, session: Callable[[], Session]) -> float:

@@ -11,7 +11,8 @@ A method is a name or a table with `name`, `strategy`, `space`, `set`, `structur
 `masks`, `distill`, `recovery` and `inherit`.  With `keep_flops = ["60%"]` methods prune as well,
 but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true` trains
 its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }` says on
-what else; `inherit = true` starts the trainings from what the search has learned.  Names that mean
+what else; `inherit = true` starts the trainings from what the search has learned.  Methods that
+differ in such trainings alone share their structures: the search is done once.  Names that mean
 something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on the space
 `s3pet_mix`), and `default`: what the command line does with no choice made.
 """
@@ -110,6 +111,12 @@ class GridFile(BaseModel):
         prunes = keep is not None and keep != "" and method.masks != ""
         prune = prune_to(keep, None, None, method.masks, strategy) if prunes else None
         return Ask(strategy, space or self.space, method.set, budget, prune=prune)
+
+    def searched_by(self, method: Method, budget: str, keep: str) -> Method:
+        """The first method that asks for the same search: it is done once for all of them."""
+        ask = self.ask(method, budget, keep)
+        return next(m for m in self.methods
+                    if m.name not in REFERENCES and self.ask(m, budget, keep) == ask)
 
     def settings(self, task: str, data: str | None) -> Settings:
         """What a session on `task` needs.  Raises InputError for a value out of range."""

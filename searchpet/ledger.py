@@ -65,6 +65,15 @@ def claim(folder: Path) -> Iterator[bool]:
         yield mine
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a folder, once no other process does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "claim").open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def write_table(folder: str | Path) -> str:
     """table.md from results.jsonl: mean and sample standard deviation over final trainings."""
     ledger = Ledger(Path(folder) / "results.jsonl", RESULT_KEY)

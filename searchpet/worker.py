@@ -21,19 +21,19 @@ import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from searchpet.ask import OWN, Ask
+from searchpet import once
+from searchpet.ask import Ask
 from searchpet.discover import discover
-from searchpet.engine import outcome_row
 from searchpet.errors import InputError
 from searchpet.knobs import Values, ask_of, settings_of
 from searchpet.ledger import claim
 from searchpet.measures import DIRECTIONS, measures
-from searchpet.propose import budget_of, propose
+from searchpet.propose import budget_of
 from searchpet.run import RunFolder
 from searchpet.session import Session
 from searchpet.settings import Settings
 from searchpet.site import Site
-from searchpet.spacefile import SpaceFile, read_space, toml
+from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import Spec
 from searchpet.study import (
     FAILURE,
@@ -260,24 +260,14 @@ class Worker:
         """Search, then train, unless that structure was trained so in an earlier trial."""
         session, seed = self.session, self.session.settings.seed
         session.job = f"trial {trial.number}"
-        if not folder.has("spec.json"):
-            spec, seconds = propose(session, folder, ask, seed)
-            if ask.file:
-                folder.write_text(OWN, toml(ask.file))
-            folder.write_json("search.json", {"seconds": seconds})
-            folder.write_text("spec.json", spec.text())
-        folder.drop("search*.checkpoint.safetensors")
-        spec = Spec.load(folder.path)
+        spec, _ = once.find(session, folder, ask, seed)
         key = f"{spec.hash[:16]} tau {session.settings.tau:.6g} steps {session.settings.steps}"
         trial.set_user_attr("spec_hash", spec.hash)
         if (known := self._known(key)) is not None and not folder.has("training.json"):
             trial.set_user_attr(REUSED, known.number)
             trial.set_user_attr(key, known.user_attrs[key])
             return spec, float(known.user_attrs[key])
-        if not folder.has("training.json"):
-            folder.write_json("training.json", outcome_row(session.fit(spec, folder, seed)))
-        folder.drop("train.checkpoint.safetensors")
-        score = float(folder.read_json("training.json")["validation_score"])
+        score = float(once.train(session, folder, spec, seed)["validation_score"])
         trial.set_user_attr(key, score)
         return spec, score
 

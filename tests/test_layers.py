@@ -46,6 +46,7 @@ STOREYS: dict[float, list[str]] = {
     5.1: ["session"],
     5.2: ["measures", "multitask"],
     5.3: ["propose", "teach", "verify"],
+    5.4: ["once"],
     5.5: ["engine"],
     6: ["export", "gridfile", "ledger", "plan", "plot", "survey", "transfer"],
     6.1: ["worker"],

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,12 +48,19 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterat
         yield folder
 
 
-def work(study: str, folder: str) -> subprocess.Popen[str]:
+def work(study: str, folder: str, storage: str = ADDRESS) -> subprocess.Popen[str]:
     words = ["tune", "--worker", "--study", study, "--out", folder, "--device", "cpu", "-q"]
     return subprocess.Popen(
         [sys.executable, "-m", "searchpet", *words], text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+        stderr=subprocess.STDOUT, env={**os.environ, "SEARCHPET_STORAGE": storage,
+                                       "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+
+
+def server(verb: str, folder: str) -> str:
+    """A database server of this file's own, started or stopped; its address."""
+    done = subprocess.run([str(ROOT / ".ci" / "postgres"), verb, folder], check=True, text=True,
+                          stdout=subprocess.PIPE)
+    return done.stdout.strip()
 
 
 def test_workers_that_are_killed_lose_and_double_nothing(place: Path) -> None:
@@ -107,3 +116,35 @@ def test_the_password_is_not_written_anywhere(place: Path) -> None:
     secret = ADDRESS.rpartition("@")[0].rpartition(":")[2]
     for file in (place / "secret").rglob("*"):
         assert not file.is_file() or secret.encode() not in file.read_bytes(), file
+
+
+def test_a_server_that_stops_is_one_line_and_loses_nothing(place: Path) -> None:
+    folder = tempfile.mkdtemp()  # not pytest's: the server's user must reach it
+    storage = server("start", folder)
+    try:
+        words = [*JOB, "--study", "stopped", "--trials", "1", "--storage", storage]
+        assert cli.main([*words, "--out", "stopped", "-q"]) == 0
+        study = join(storage, "stopped")
+        study.set_user_attr("trials", TRIALS)
+        member = work("stopped", "others", storage)
+        while standing(study).finished < 4:
+            time.sleep(0.2)
+        server("stop", folder)
+        text, _ = member.communicate(timeout=120)
+        assert member.returncode == 2
+        assert text.count("\n") == 1, text
+        assert text.startswith("error: a study's storage must answer to the end, but it stopped: ")
+        assert storage.rpartition("@")[0].rpartition(":")[2] not in text
+        assert server("start", folder) == storage
+        study = join(storage, "stopped")
+        before = {t.number for t in trials_of(study) if t.state.is_finished()}
+        assert len(before) >= 4
+        member = work("stopped", "others", storage)
+        text, _ = member.communicate(timeout=300)
+        assert member.returncode == 0, text
+        now = standing(study)
+        assert (now.finished, now.running, now.waiting, now.failed) == (TRIALS, 0, 0, 0)
+        assert before <= {t.number for t in trials_of(study) if t.state.is_finished()}
+    finally:
+        server("stop", folder)
+        shutil.rmtree(folder)

@@ -1,0 +1,65 @@
+"""The two long parts of every job, each done once per folder: find a structure, train it.
+
+What is there already is kept, so a job that was cut off goes on by doing the same again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from searchpet.ask import OWN, Ask
+from searchpet.bulk import MASK_FILE
+from searchpet.inherit import FILE as INHERITED
+from searchpet.launch import follow
+from searchpet.propose import propose
+from searchpet.run import RunFolder
+from searchpet.session import Outcome, Session
+from searchpet.spacefile import toml
+from searchpet.spec import Spec
+
+
+def find(session: Session, folder: RunFolder, ask: Ask, seed: int) -> tuple[Spec, float]:
+    """The structure of a folder and the seconds that its search took.
+
+    Raises InputError as `propose` does.
+    """
+    if not folder.has("spec.json"):
+        spec, seconds = propose(session, folder, ask, seed)
+        if ask.file:
+            folder.write_text(OWN, toml(ask.file))
+        folder.write_json("search.json", {"seconds": seconds})
+        folder.write_text("spec.json", spec.text())
+    folder.drop("search*.checkpoint.safetensors")
+    follow(folder, "spec.json", MASK_FILE, INHERITED)
+    return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
+
+
+def train(session: Session, folder: RunFolder, method: Spec | str, seed: int, *,
+          tau: float | None = None, sweep: bool = False, test: bool = False,
+          start: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """The outcome of a folder's training, as plain values.
+
+    sweep: choose tau by validation before; the rest as in `Session.fit`, with what it raises.
+    """
+    if not folder.has("training.json"):
+        tried = session.sweep(method, folder, seed) if sweep else []
+        if tried:
+            tau = max(tried, key=lambda pair: pair[1])[0]
+        outcome = session.fit(method, folder, seed, tau=tau, test=test, start=start)
+        folder.write_json("training.json", {**_row(outcome), "sweep": tried})
+    folder.drop("train.checkpoint.safetensors")
+    return dict(folder.read_json("training.json"))
+
+
+def _row(outcome: Outcome) -> dict[str, Any]:
+    """`score` is test's first metric where test was asked for."""
+    metrics = outcome.test or outcome.metrics
+    return {
+        "score": next(iter(metrics.values())), "metrics": metrics,
+        "validation_score": outcome.score, "trainable": outcome.trainable, "head": outcome.head,
+        "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
+        "removed": outcome.removed, "tensors": outcome.tensors,
+    }
