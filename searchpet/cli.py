@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import typer
 
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _threads(debug):
         if not debug:
             warnings.simplefilter("ignore")
         try:
@@ -63,3 +65,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED and launch.interrupted():
         typer.echo(f"interrupted{continuation(words)}", err=True)
     return int(code or 0)
+
+
+@contextmanager
+def _threads(debug: bool) -> Iterator[None]:
+    """What explains itself in a thread, such as a database that does not hear the heartbeat, is
+    left for the main one to say when it meets it too.
+    """
+    def ended(thread: threading.ExceptHookArgs) -> None:
+        error = thread.exc_value
+        if debug or not isinstance(error, Exception) or explain(error, ()) is None:
+            before(thread)
+
+    before, threading.excepthook = threading.excepthook, ended
+    try:
+        yield
+    finally:
+        threading.excepthook = before

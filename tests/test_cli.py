@@ -11,6 +11,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -383,6 +384,28 @@ def test_a_bug_keeps_its_traceback(home: Path, say: Any, monkeypatch: pytest.Mon
     monkeypatch.setattr(engine, "search", broken)
     with pytest.raises(TypeError, match="a bug"):
         say("search", *JOB)
+
+
+@pytest.mark.parametrize(("error", "shown"), [
+    (OSError(28, "No space left on device"), False), (TypeError("a bug"), True)])
+def test_a_thread_leaves_what_explains_itself_to_the_main_one(
+    error: Exception, shown: bool, home: Path, say: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beating() -> None:
+        raise error
+
+    def broken(**_: Any) -> None:
+        thread = threading.Thread(target=beating)
+        thread.start()
+        thread.join()
+        raise OSError(28, "No space left on device")
+
+    seen: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", seen.append)
+    monkeypatch.setattr(engine, "search", broken)
+    wrong(say("search", *JOB), "No space left on device")
+    assert [args.exc_value for args in seen] == [error] * shown
+    assert threading.excepthook == seen.append
 
 
 @pytest.mark.parametrize(("error", "message"), [
