@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -32,7 +32,6 @@ from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem, descend
 from searchpet.supernet import Supernet
 
-WARM = 10  # steps before a second scoring of PET's own parameters; two would do
 SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
 
 
@@ -118,12 +117,13 @@ def _bulk(ask: Ask, problem: Problem) -> Bulk:
 def _sparse(problem: Problem) -> Sparse:
     """The masks of PET's own parameters, if the strategy settles any.
 
-    Its warm-up is a few steps of the whole space, at rates lowered as `bilevel` lowers them.
+    Its warm-up trains the whole space, at rates lowered as `bilevel` lowers them.
     """
-    def warm() -> None:
+    def warm(steps: int, see: Callable[[], None]) -> None:
         rates = lowered(problem.rates, problem.crowd)
         learn = torch.optim.AdamW(problem.net.groups(rates), weight_decay=0.0)
-        for step in range(WARM):
+        learn.register_step_pre_hook(lambda *_: see())
+        for step in range(steps):
             descend(problem, learn, problem.train[step])
 
     sparse = Sparse(problem.net, problem.limit, problem.loss, warm, problem.generator)

@@ -12,7 +12,7 @@ beside the spec, and delta.safetensors holds the kept numbers alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,35 +21,47 @@ from searchpet import catalog
 from searchpet.allocate import keep_masks
 from searchpet.errors import InputError
 from searchpet.masks import fingerprint, packed
-from searchpet.scores import needs_of
+from searchpet.scores import Stats, needs_of
 from searchpet.spec import Entry, MaskRef
-from searchpet.stats import GRADIENTS, Scored, collect_or_warm, collect_parameters
+from searchpet.stats import (
+    GRADIENTS,
+    Scored,
+    add_movement,
+    collect_or_warm,
+    collect_parameters,
+)
 from searchpet.supernet import Supernet
 
 Batch = dict[str, Tensor]
 
 
 class Sparse:
-    """The masks of a supernet's own parameters; `settle` chooses them, `take` is given them."""
+    """The masks of a supernet's own parameters; `settle` chooses them, `take` is given them.
+
+    warm(steps, see) trains the supernet for so many steps; see() looks at each one's gradients.
+    """
 
     def __init__(self, net: Supernet, limit: int, loss: Callable[[Batch], Tensor],
-                 warm: Callable[[], None], generator: torch.Generator) -> None:
+                 warm: Callable[[int, Callable[[], None]], None],
+                 generator: torch.Generator) -> None:
         self.net, self.limit, self.loss = net, limit, loss
         self.warm, self.generator = warm, generator
         self.keeps: dict[str, Tensor] = {}  # key of a graft -> bool, over what is left of it
         self.warmed = False
 
-    def settle(self, score: str, allocation: str, batches: Sequence[Batch]) -> None:
+    def settle(self, score: str, allocation: str, batches: Sequence[Batch], steps: int) -> None:
         """Keep exactly `limit` parameters by a score of `searchpet.scores`.
 
         A score that is the same for all of a tensor, as SNIP's where a factor starts at zero, is
-        taken again after a warm-up.  Raises InputError for a score that a few batches cannot
-        measure, and for a budget beyond all there is.
+        taken again after a warm-up of so many steps; movement is what happens in these steps.
+        Raises InputError for a score that parameters of PET have not, and for a budget beyond all
+        there is.
         """
         member = catalog.get("scores", score)
-        if not set(needs_of(member)) <= {*GRADIENTS, "generator"}:
-            raise InputError(f"parameters must be scored by what a few batches can measure, but "
-                             f"{score} needs more; take random, magnitude, snip or grasp")
+        if not set(needs_of(member)) <= {*GRADIENTS, "generator", "moved"}:
+            raise InputError(f"parameters of PET must have what a score needs, but {score} is of "
+                             "weights of the backbone; take random, magnitude, snip, fisher, "
+                             "grasp or movement")
         named = dict(_named(self.net))
         total = sum(p.numel() for p in named.values())
         if self.limit > total:
@@ -57,13 +69,20 @@ class Sparse:
                              f"{self.limit:,} is above all {total:,}; lower it or take a larger "
                              "space")
         want = set(needs_of(member)) & set(GRADIENTS)
+        moved: dict[str, Tensor] = {}
 
-        def measured() -> dict[str, Any]:
-            return collect_parameters(named, batches, self.loss, want=want,
-                                      generator=self.generator)
+        def warm() -> None:
+            self.warm(steps, lambda: add_movement(moved, named))
 
-        found: Scored = collect_or_warm(measured, self.warm, member)
-        self.warmed = found.warmed
+        def measured() -> dict[str, Stats]:
+            found = collect_parameters(named, batches, self.loss, want=want,
+                                       generator=self.generator)
+            return {name: replace(stats, moved=moved.get(name)) for name, stats in found.items()}
+
+        if needs_training := "moved" in needs_of(member):
+            warm()
+        found: Scored = collect_or_warm(measured, warm, member)
+        self.warmed = found.warmed or needs_training
         keeps = keep_masks(found.scores, self.limit / total, allocation)
         self.keeps = {
             graft.key: torch.cat([keeps[f"{graft.key}/{name}"].reshape(-1).bool().cpu()

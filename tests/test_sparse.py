@@ -18,7 +18,7 @@ from tests.commands import write_task
 JOB = ["search", "--model", "tiny", "--task", "films", "--strategy", "sparse_adapter", "--budget",
        "700", "--steps", "8", "--batch-size", "8", "--max-length", "16", "--tau", "0.5",
        "--controls", "0", "--quiet"]
-SCORES = ["random", "magnitude", "snip", "grasp"]
+SCORES = ["random", "magnitude", "snip", "fisher", "grasp", "movement"]
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +80,20 @@ def test_scores_choose_differently(home: Path) -> None:
     assert len(found) == len(SCORES)
 
 
+def test_movement_takes_as_many_steps_as_it_is_given(home: Path) -> None:
+    """More steps move more; the masks are others than after ten."""
+    words = [*JOB, "--space", "adapters", "--set", "sparse_adapter.score=movement"]
+    assert cli.main([*words, "--set", "sparse_adapter.warmup=30", "--out", "long"]) == 0
+    masks = [[e.mask.sha256 for e in Spec.load(run).entries if e.mask]
+             for run in ("movement", "long")]
+    assert masks[0] != masks[1]
+
+
 @pytest.mark.parametrize(("words", "message"), [
     (["--keep-flops", "60%"], "thins PET alone"),
     (["--budget", "20000", "--space", "adapters"], "is above all"),
-    (["--set", "sparse_adapter.score=wanda"], "needs more"),
+    (["--set", "sparse_adapter.score=wanda"], "but wanda is of weights of the backbone"),
+    (["--set", "sparse_adapter.warmup=0"], "sparse_adapter.warmup must be at least 1"),
     (["--set", "sparse_adapter.allocation=best"], "allocation"),
 ])
 def test_what_cannot_be_asked_is_one_line(

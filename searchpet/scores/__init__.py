@@ -29,7 +29,7 @@ _SOURCES = {
     "square": 'collect it with want={"square"}',
     "hessian_grad": 'collect it with want={"hessian_grad"}',
     "norm": 'collect it with want={"norm"}; a PET parameter has none',
-    "moved": "add it up with searchpet.stats.Movement while the weights train",
+    "moved": "add it up with searchpet.stats.add_movement while the weights train",
     "update": "set it to the trained weight less the pretrained one",
     "low_rank": "set it to the LoRA on this weight and the gradients of its factors",
     "generator": "give a torch.Generator",

@@ -21,7 +21,7 @@ from searchpet.space import Space
 from searchpet.supernet import Supernet
 
 Batch = dict[str, Tensor]
-Settle = Callable[[str, str, Sequence[Batch]], None]  # score, allocation, batches
+Settle = Callable[[str, str, Sequence[Batch], int], None]  # score, allocation, batches, steps
 
 
 class Masks(Protocol):
@@ -78,8 +78,8 @@ class Problem:
     importance: importance(name, batches) -> (units,), a score of every prune unit.
     settle_weights: (score, allocation, batches) chooses masks of single weights, which are no
         units, and hooks them in; None where the space has none.
-    settle_pet: (score, allocation, batches) chooses among the parameters of PET itself, `limit` of
-        which stay.
+    settle_pet: (score, allocation, batches, steps) chooses among the parameters of PET itself,
+        `limit` of which stay; steps: of training, where the score needs some.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates; each of several
