@@ -240,8 +240,17 @@ def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test:
         "keep": spec.keep.model_dump() if spec and spec.keep else None,
         "removed": row["removed"], "tensors": row.get("tensors"),
         "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
-        "warnings": list(session.task.warnings),
+        "warnings": [*session.task.warnings, *_in_vain(spec, row)],
     }
+
+
+def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
+    """A warning where training made a structure worse than it began."""
+    start, score = row.get("start_score"), row["validation_score"]
+    if spec is None or start is None or score >= start:
+        return []
+    return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
+            "with; try a smaller --tau, or `searchpet train SPEC --sweep`"]
 
 
 def _check_test(session: Session, test: bool) -> None:

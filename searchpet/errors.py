@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -19,3 +20,8 @@ def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return InputError(f"{what} must be one of {', '.join(names)}, but got {name!r}{hint}")
+
+
+def shown(text: str) -> str:
+    """An address, or a command line with one in it, without passwords: u:***@host."""
+    return re.sub(r"(://[^:/@\s]*):[^\s]*@", r"\1:***@", text)

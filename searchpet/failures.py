@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from typing import TypeGuard
 
-from searchpet.errors import InputError
+from searchpet.errors import InputError, shown
 
 RESUMABLE = ("search", "train", "tune")
 
@@ -37,7 +37,7 @@ def continuation(words: Sequence[str]) -> str:
     """How to go on with a command that was cut off."""
     if words and words[0] in RESUMABLE:
         resumed = [*words, *([] if "--resume" in words else ["--resume"])]
-        return f"; to continue: {shlex.join(['searchpet', *resumed])}"
+        return f"; to continue: {shlex.join(['searchpet', *map(shown, resumed)])}"
     if words and words[0] == "grid":
         return "; repeat the command to continue"
     return ""

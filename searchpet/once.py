@@ -59,7 +59,8 @@ def _row(outcome: Outcome) -> dict[str, Any]:
     metrics = outcome.test or outcome.metrics
     return {
         "score": next(iter(metrics.values())), "metrics": metrics,
-        "validation_score": outcome.score, "trainable": outcome.trainable, "head": outcome.head,
+        "validation_score": outcome.score, "start_score": outcome.start,
+        "trainable": outcome.trainable, "head": outcome.head,
         "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
         "removed": outcome.removed, "tensors": outcome.tensors,
     }

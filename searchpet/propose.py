@@ -18,7 +18,7 @@ from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.calibrate import lowered
-from searchpet.errors import InputError
+from searchpet.errors import InputError, shown
 from searchpet.importance import importance
 from searchpet.inherit import learns, leave
 from searchpet.limits import Keep, Limits
@@ -215,7 +215,9 @@ def version() -> str:
 
 
 def command(argv: list[str]) -> str:
-    """The command line without what does not change the result: --resume and --out."""
+    """The command line without what does not change the result, --resume and --out, and without
+    passwords.
+    """
     import shlex
 
     words, skip = ["searchpet"], False
@@ -225,5 +227,5 @@ def command(argv: list[str]) -> str:
         elif word in ("--out", "-o"):
             skip = True
         elif word != "--resume" and not word.startswith("--out="):
-            words.append(word)
+            words.append(shown(word))
     return shlex.join(words) if argv and "searchpet" in argv[0] else "python"

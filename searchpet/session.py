@@ -52,6 +52,7 @@ class Outcome:
 
     removed: whether what the spec prunes was really taken out; False if masked or nothing.
     tensors: sha256 of delta.safetensors, where one was written.
+    start: the validation score that training began with.
     """
 
     score: float
@@ -64,6 +65,7 @@ class Outcome:
     seconds: float
     removed: bool = False
     tensors: str | None = None
+    start: float | None = None
 
 
 class Session:
@@ -239,7 +241,7 @@ class Session:
         return Outcome(
             result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
             self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed,
-            written)
+            written, result.history[0][1])
 
     def sweep(self, method: Spec | str, folder: RunFolder | None, seed: int,
               ) -> list[tuple[float, float]]:

@@ -237,13 +237,17 @@ def canonical(content: Any) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """One line of a pydantic error: the key's path, the law, the value, how many more."""
-    problems = error.errors()
-    where = ".".join(str(part) for part in problems[0]["loc"]) or "the whole"
-    value = repr(problems[0]["input"])
+    """One line of a pydantic error: the key's path, the law, the value.  Laws of our own may name
+    the value by themselves.
+    """
+    problem = error.errors()[0]
+    where = ".".join(map(str, problem["loc"]))
+    own = problem.get("ctx", {}).get("error")
+    law = str(own or problem["msg"])
+    value = repr(problem["input"])
     value = value if len(value) <= 80 else value[:77] + "..."
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    return f"{where}: {problems[0]['msg']}, but got {value}{more}"
+    but = "" if own and " but " in law else f", but got {value}"
+    return f"{where + ': ' if where else ''}{law}{but}"
 
 
 def _no_constant(name: str) -> Any:

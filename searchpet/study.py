@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from searchpet.errors import InputError, unknown
+from searchpet.errors import InputError, shown, unknown
 
 HEARTBEAT, GRACE = 10, 30  # seconds; a trial that was silent for GRACE is taken for dead
 RETRIES = 3  # of a trial whose worker died; a trial that always kills its worker must end
@@ -45,13 +45,6 @@ SURPLUS = "surplus"  # trial attribute: it was beyond the number asked for
 
 class Surplus(Exception):
     """A trial beyond the number that was asked for: two workers wanted the last one."""
-
-
-def shown(url: str) -> str:
-    """A storage's address without its password."""
-    head, at, tail = url.rpartition("@")
-    scheme, sep, user = head.partition("://")
-    return f"{scheme}{sep}{user.partition(':')[0]}:***@{tail}" if at and ":" in user else url
 
 
 def open_storage(url: str) -> BaseStorage:

@@ -28,15 +28,15 @@ class Recipe:
     accumulate: int = 1
     warmup: float = 0.06  # of the steps; AdamW's second moment is unreliable before
     weight_decay: float = 0.0  # deltas are few and start at zero: nothing to shrink
-    evaluations: int = 6  # validation passes, evenly spread, the last one at the end
+    evaluations: int = 6  # validation passes after the first, evenly spread, the last at the end
     patience: int = 4  # evaluations without a better score before training stops
     precision: str = "fp32"
 
 
 @dataclass(frozen=True)
 class Fit:
-    """metrics: at the best validation score; step: when; history: (step, score) of each
-    evaluation.
+    """metrics: at the best validation score after some training; step: when; history: (step,
+    score) of each evaluation, the first at step 0: what training has to beat.
     """
 
     metrics: dict[str, float]
@@ -149,6 +149,8 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Re
     steps_between = max(1, recipe.steps // recipe.evaluations)
     stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record)
     for step in stage:
+        if not record["history"]:
+            record["history"].append([0, _first(judge())])
         model.train()
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * schedule(step, recipe.steps, recipe.warmup)

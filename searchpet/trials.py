@@ -27,6 +27,7 @@ from searchpet.worker import REUSED, Question
 
 SIZE = (8.0, 4.5)  # inches
 DOTS = 150  # per inch
+UNITS = {"trainable": "trainable parameters", "flops": "FLOPs", "latency": "latency, ms"}
 WORST = 1.1  # the hypervolume's reference point, in units of the worst value of each metric
 
 
@@ -102,17 +103,39 @@ def figures(study: Study, question: Question) -> dict[str, bytes]:
         plots["rungs"] = lambda: drawn.plot_intermediate_values(study)
     if several and done:
         plots |= {"front": lambda: _front(study, question),
-                  "hypervolume": lambda: drawn.plot_hypervolume_history(
-                      study, _reference(done, question))}
+                  "hypervolume": lambda: _hypervolume(
+                      study, _reference(done, question), question)}
     return {name: _png(plot) for name, plot in plots.items()} if done else {}
 
 
 def _front(study: Study, question: Question) -> Any:
-    """The front of the first two metrics; Optuna draws no more than three."""
-    names = question.metrics[:2]
-    return optuna.visualization.matplotlib.plot_pareto_front(
-        study, targets=lambda t: [t.values[i] for i in range(len(names))],
-        target_names=list(names))
+    """The score over each other metric; of more than two, the front is that of all together."""
+    import matplotlib.pyplot as plt
+
+    others = [name for name in question.metrics if name != "score"]
+    place = question.metrics.index("score")
+    best = {t.number for t in front(study, question)}
+    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    _, row = plt.subplots(1, len(others), sharey=True, squeeze=False)
+    for axes, name in zip(row[0], others, strict=True):
+        i = question.metrics.index(name)
+        for label, color, chosen in (("other trials", "0.7", False), ("on the front", "C0", True)):
+            shown = [t for t in done if (t.number in best) == chosen]
+            axes.scatter([t.values[i] for t in shown], [t.values[place] for t in shown],
+                         color=color, label=label)
+        axes.set_xlabel(UNITS.get(name, name))
+        axes.grid(alpha=0.3)
+    row[0][0].set_ylabel("score")
+    row[0][0].legend()
+    return row[0][0]
+
+
+def _hypervolume(study: Study, reference: list[float], question: Question) -> Any:
+    axes = optuna.visualization.matplotlib.plot_hypervolume_history(study, reference)
+    point = ", ".join(f"{name} {value:.6g}" for name, value in
+                      zip(question.metrics, reference, strict=True))
+    axes.set_title(f"Hypervolume up to {point}")
+    return axes
 
 
 def _reference(done: list[FrozenTrial], question: Question) -> list[float]:

@@ -20,7 +20,7 @@ from optuna.trial import FrozenTrial
 from searchpet.ask import STRATEGY, Ask
 from searchpet.collect import STORE, fetch, front, keep, winner
 from searchpet.engine import Result, default_out, evaluate, latencies, values_of
-from searchpet.errors import InputError
+from searchpet.errors import InputError, shown
 from searchpet.latency import Table
 from searchpet.measures import DIRECTIONS, check_metrics
 from searchpet.multitask import open_session
@@ -100,6 +100,11 @@ def tune(
         chosen, ask, read_tune(knobs or knobs_for(metrics, prune, strategy)), trials,
         rungs(chosen.steps), metrics, limits_of(limit or {}), sampler, pruner)
     _check(question, jobs)
+    if question.prunes and len(question.rungs) == 1:
+        say(f"--pruner {pruner} needs --steps {FACTOR * LEAST} or more to compare trials before "
+            f"their end: with {chosen.steps}, every trial runs to its end")
+    if storage and not storage.startswith(("sqlite:", "journal:")):
+        open_storage(storage)  # it must answer before anything is written
     folder = RunFolder(out or default_out(chosen, replace(ask, strategy="tune")))
     folder.start(_written(question), resume)
     session = open_session(chosen, listener)
@@ -155,15 +160,20 @@ def collect(storage: str, study: str | None, *, out: str | Path | None = None,
     return finish(made, question, open_session(question.settings, listener), folder, test)
 
 
-def serve(storage: str, address: str) -> None:
+def serve(storage: str, address: str, say: Callable[[str], None] = print) -> None:
     """Stand before a database as a gRPC proxy until interrupted.
+
+    say: gets a line before it begins.
 
     Raises InputError for an address that is none, or taken, and where grpcio is not installed.
     """
     host, _, port = address.rpartition(":")
     if not port.isdigit():
         raise InputError(f"--serve must read HOST:PORT, but got {address!r}")
-    run_proxy(open_storage(storage), host or "localhost", int(port))
+    database, host = open_storage(storage), host or "localhost"
+    say(f"serving {shown(storage)}; workers join by searchpet tune --worker --storage "
+        f"grpc://{host}:{port} --study NAME")
+    run_proxy(database, host, int(port))
 
 
 def finish(study: Study, question: Question, session: Session, folder: RunFolder,

@@ -144,10 +144,16 @@ class TuneFile(BaseModel):
         for knob in self.knob:
             if knob.name in before:
                 raise ValueError(f"knobs must be distinct, but {knob.name} stands twice")
-            for other in knob.when:
+            for other, globs in knob.when.items():
                 if other not in before:
                     raise ValueError(f"when of {knob.name} must name a knob before it, but got "
                                      f"{other!r}")
+                choices = before[other].choices
+                for glob in globs if choices else ():
+                    if not fnmatch.filter(map(str, choices), glob):
+                        raise ValueError(
+                            f"when of {knob.name} must match a choice of {other}, "
+                            f"{', '.join(map(str, choices))}, but got {glob!r}")
             before[knob.name] = knob
         if "strategy" in before:
             for choice in before["strategy"].choices:

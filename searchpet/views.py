@@ -283,6 +283,11 @@ def sites(found: Sequence[Site]) -> Table:
     return table("part", "role", "form", "shape", "layers", "sites", rows=rows, left=5)
 
 
+def _value(metric: str, value: float | None) -> float | int | None:
+    """A trial's value: counts are whole."""
+    return value if value is None or metric in ("score", "latency") else round(value)
+
+
 def study(found: Mapping[str, Any]) -> Iterable[Any]:
     """A study: its trials, and what its knobs matter."""
     yield (f"{found['study']}: {found['complete']} complete, {found['pruned']} pruned, "
@@ -290,7 +295,7 @@ def study(found: Mapping[str, Any]) -> Iterable[Any]:
     yield ""
     yield table("trial", "state", *found["metrics"], "steps", "seconds", left=2, rows=[
         [f"{t['number']}{' *' if t['number'] in found['front'] else ''}", t["state"],
-         *(t.get(name) for name in found["metrics"]), t["steps"], t["seconds"]]
+         *(_value(name, t.get(name)) for name in found["metrics"]), t["steps"], t["seconds"]]
         for t in found["trials"]])
     if found["front"]:
         yield "* best" if len(found["metrics"]) == 1 else "* on the Pareto front"

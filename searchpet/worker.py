@@ -28,7 +28,7 @@ from searchpet.errors import InputError
 from searchpet.knobs import Values, ask_of, settings_of
 from searchpet.ledger import claim
 from searchpet.measures import DIRECTIONS, measures
-from searchpet.propose import budget_of
+from searchpet.propose import budget_of, version
 from searchpet.run import RunFolder
 from searchpet.session import Session
 from searchpet.settings import Settings
@@ -239,6 +239,8 @@ class Worker:
         head = session.head_size if q.ask.count_head else 0
         ask = ask_of(values, self._base, q.ask, self._sites, limit, head)
         known_good = values in q.space.starts()  # they are what others are measured by
+        trial.set_user_attr("version", version())
+        trial.set_user_attr("head", session.head_size)
         with _own_folder(self.folder, frozen) as own:
             for steps in q.rungs if q.prunes else q.rungs[-1:]:
                 folder = own.sub(str(steps))
@@ -249,7 +251,7 @@ class Worker:
                     if steps < q.rungs[-1] and not known_good and trial.should_prune():
                         raise optuna.TrialPruned(f"{score:.6g} after {steps} steps")
             found = measures(session, spec, score, {*q.metrics, *q.limits})
-            for name, value in {**found, "head": session.head_size}.items():
+            for name, value in found.items():
                 trial.set_user_attr(name, value)
             trial.set_user_attr(RUN, folder.path.relative_to(self.folder).as_posix())
             self._constrain(trial, found)
@@ -263,6 +265,7 @@ class Worker:
         spec, _ = once.find(session, folder, ask, seed)
         key = f"{spec.hash[:16]} tau {session.settings.tau:.6g} steps {session.settings.steps}"
         trial.set_user_attr("spec_hash", spec.hash)
+        trial.set_user_attr("trainable", spec.budget.used)
         if (known := self._known(key)) is not None and not folder.has("training.json"):
             trial.set_user_attr(REUSED, known.number)
             trial.set_user_attr(key, known.user_attrs[key])

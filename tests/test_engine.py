@@ -281,6 +281,20 @@ def test_a_sweep_takes_the_tau_with_the_best_validation_score(
     assert result.values["tau"] == max(tried, key=lambda pair: pair[1])[0]
 
 
+@pytest.mark.parametrize(("start", "end", "warned"), [(0.8, 0.5, 1), (0.5, 0.8, 0), (0.5, 0.5, 0)])
+def test_a_training_in_vain_says_so(
+    start: float, end: float, warned: int, found: engine.Result, common: dict[str, Any],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([start, *[end] * 9])
+    monkeypatch.setattr(Session, "evaluate", lambda *_: {"accuracy": next(scores)})
+    result = searchpet.train(found.spec, **common, out=tmp_path / "run")
+    assert result.score == end and len(result.values["warnings"]) == warned
+    if warned:
+        assert result.values["warnings"][0].startswith(
+            "training ended at 0.5000 on validation, below the 0.8000 that it began with; try a ")
+
+
 @pytest.mark.parametrize("reference", ["full", "head"])
 def test_references_train_everything_or_the_head_alone(
     reference: str, common: dict[str, Any], tmp_path: Path

@@ -88,19 +88,19 @@ def test_the_rate_of_each_group_follows_the_schedule() -> None:
 
 def test_the_best_checkpoint_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny.model("bert", labels=2)
-    steady = Steady(monkeypatch, [0.1, 0.9, 0.9, 0.3])
+    steady = Steady(monkeypatch, [1.0, 0.1, 0.9, 0.9, 0.3])  # the first is before any training
     result = train(model, Recipe(steps=8, batch_size=8, evaluations=4))
-    assert result.history == [(2, 0.1), (4, 0.9), (6, 0.9), (8, 0.3)]
+    assert result.history == [(0, 1.0), (2, 0.1), (4, 0.9), (6, 0.9), (8, 0.3)]
     assert result.step == 4 and result.metrics == {"accuracy": 0.9}  # the first of equals
-    assert torch.equal(model.classifier.weight, steady.heads[1])
+    assert torch.equal(model.classifier.weight, steady.heads[2])
     assert not torch.equal(model.classifier.weight, steady.heads[-1])
 
 
 def test_training_stops_when_patience_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    steady = Steady(monkeypatch, [0.5, 0.4, 0.4, 0.6, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9])
+    steady = Steady(monkeypatch, [0.7, 0.5, 0.4, 0.4, 0.6, 0.1, 0.1, 0.1, 0.9, 0.9, 0.9])
     result = train(tiny.model("bert", labels=2),
                    Recipe(steps=10, batch_size=8, evaluations=10, patience=3))
-    assert len(result.history) == 7 and result.step == 4
+    assert len(result.history) == 8 and result.step == 4
     assert len(steady.scores) == 3
 
 

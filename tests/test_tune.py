@@ -18,7 +18,9 @@ import optuna
 import pytest
 
 from searchpet import cli
-from searchpet.errors import InputError
+from searchpet.errors import InputError, shown
+from searchpet.failures import explain
+from searchpet.propose import command
 from searchpet.spec import Spec
 from searchpet.study import (
     GRACE,
@@ -26,7 +28,6 @@ from searchpet.study import (
     join,
     open_storage,
     root,
-    shown,
     standing,
     take_back,
     trials_of,
@@ -140,7 +141,8 @@ def test_the_default_trial_is_the_search_itself(done: Path) -> None:
 def test_attributes_of_a_trial_can_be_read(done: Path) -> None:
     for trial in trials(done):
         if trial.state.name == "COMPLETE":
-            assert {"spec_hash", "score", "trainable", "head", "seconds"} <= set(trial.user_attrs)
+            assert {"spec_hash", "score", "trainable", "head", "seconds", "version"} <= set(
+                trial.user_attrs)
     assert join(f"sqlite:///{done}/study.db", None).user_attrs["searchpet"]["version"]
 
 
@@ -484,3 +486,9 @@ def test_passwords_are_not_shown() -> None:
     assert shown("postgresql://me:pa:ss@host/db") == "postgresql://me:***@host/db"
     assert shown("sqlite:///a/b.db") == "sqlite:///a/b.db"
     assert shown("postgresql://me@host/db") == "postgresql://me@host/db"
+    url = "postgresql://me:pass@host/db"
+    line = explain(MemoryError(), ["tune", "--storage", url, "--study", "x"])
+    assert line and "pass" not in line and "--storage 'postgresql://me:***@host/db'" in line
+    for words in (["--storage", url], [f"--storage={url}"]):
+        text = command(["searchpet", "tune", *words, "--study", "x"])
+        assert "pass" not in text and "me:***@host/db" in text and "--study x" in text

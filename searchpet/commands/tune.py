@@ -76,7 +76,7 @@ def tune(
     if (worker or collect or serve) and not storage:
         raise InputError("--storage must say where the study is; the command that made it says so")
     if serve and storage:
-        outer.serve(storage, serve)
+        outer.serve(storage, serve, lambda line: typer.echo(line, err=True))
         return
     with reporter(quiet, log=False) as teller:
         if worker and storage:
