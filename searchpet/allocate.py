@@ -42,8 +42,9 @@ def keep_masks(scores: Scores, ratio: float, how: str = "global",
     if how not in ALLOCATIONS:
         raise unknown("allocation", how, ALLOCATIONS)
     if (cost is not None) != (how == "per_cost"):
-        raise InputError(f"cost must be given for the allocation per_cost and for no other, but "
-                         f"got {how!r} {'without' if cost is None else 'with'} a cost")
+        raise InputError("allocation per_cost must have the cost of each element, and no other "
+                         f"allocation one, but got {how} {'without' if cost is None else 'with'} "
+                         "it; single weights cost the same, take global")
     if cost is not None:
         scores = {name: s / _above_zero(name, s, cost) for name, s in scores.items()}
     for name, s in scores.items():

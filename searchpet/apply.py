@@ -75,6 +75,7 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
         raise InputError("a model takes one spec at a time, but this one has deltas already; "
                          "load it again, or merge them first")
     _same_architecture(model, spec)
+    spec = _at_home(spec, model)
     head = outside_base(model) if head is None else head
     plan = structure(spec, discover(model))
     if remove is None:
@@ -93,6 +94,19 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
     freeze(model, head)
     model.searchpet = Grafts(model, found)
     return model
+
+
+def _at_home(spec: Spec, model: nn.Module) -> Spec:
+    """The spec with its paths as the model's class has them: those of T5's classifiers begin with
+    `transformer.`, those of the T5 that generates do not.  Masks are named by path: they stay.
+    """
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inside = isinstance(getattr(model, prefix[:-1], None), nn.Module)
+    if prefix == "." or any(e.mask or e.path.startswith(prefix) == inside for e in spec.entries):
+        return spec
+    return spec.model_copy(update={"entries": tuple(
+        e.model_copy(update={"path": prefix + e.path if inside else e.path.removeprefix(prefix)})
+        for e in spec.entries)})
 
 
 def grafts(model: nn.Module) -> Grafts:
@@ -121,22 +135,21 @@ def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str])
 
 
 def load(run: str | Path, *, device: str = "cpu", remove: bool | None = None,
-         task: str | None = None) -> nn.Module:
+         task: str | None = None, model: str | None = None) -> nn.Module:
     """The trained model of a run folder: the transformers class, in evaluation mode.
 
+    model: where the backbone lies, if not where its name says (hub, demo extra) or where it lay.
     task: whose head the model gets, for a run on several tasks.
     remove: as in `apply`; by default what the spec prunes is really gone where the family is
     proven, else masked.
-
-    The backbone comes from where its name says (hub, demo extra); for one that was a local
-    folder give that folder to `restore`.  Raises InputError for a damaged or foreign file.
+    Raises InputError for a damaged or foreign file.
     """
-    return restore(run, remove=remove, task=task).to(device)
+    return restore(run, model, remove=remove, task=task).to(device)
 
 
 def restore(run: str | Path, model: str | None = None, *, remove: bool | None = None,
             task: str | None = None) -> nn.Module:
-    """`load` with another place to take the backbone from (a local folder)."""
+    """`load`, on the CPU."""
     folder = RunFolder(run)
     spec = Spec.load(folder.path)
     tensors, trained = part_of(*read_delta(folder), task)

@@ -6,7 +6,8 @@ value hang on the attention heads of the output projection that follows, rows of
 first matrices on the neurons of its second; everything in a sublayer on its mask and on what is
 left in it; everything in a layer on the layer's mask.  Norms beside a sublayer stay with the
 layer: in a post-norm block they act on the residual stream, which passes by.  A norm on the output
-inside the residual branch (role `norm.*_post`) goes with the sublayer.
+inside the residual branch (role `norm.*_post`) goes with the sublayer, and so do the norms of
+queries and keys.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from searchpet.site import Site
 
 NOTHING = -1  # a feature that hangs on no mask
 _OUTPUTS = ("attention.output", "cross_attention.output", "ffn.out")
+_INSIDE = ("query", "key")  # norms with these names act on what these linears give
 _MIXED = {"query", "key", "value", "in", "gate"}  # roles whose outputs the output linear mixes
 
 
@@ -106,6 +108,9 @@ class Hosts:
         above = self._ids(beside, "layer")
         if prefix == "norm" and part.endswith("_post"):  # inside the residual branch
             above += self._ids(beside, f"{part.removesuffix('_post')}.block", site)
+        if prefix == "norm" and part in _INSIDE:  # of queries or keys, inside the attention
+            near = _nearest(site, [s for s in beside if s.role in _OUTPUTS[:2]])
+            prefix = near.role.partition(".")[0] if near else prefix
         if prefix not in ("attention", "cross_attention", "ffn"):
             return Ties(free_in, free_out, above, ())
         above += self._ids(beside, f"{prefix}.block", site)
@@ -117,9 +122,12 @@ class Hosts:
         mixed = tuple(mask.ids.tolist())
         if site.form == "linear" and site.path == output.path:
             return Ties(_spread(mask, site.d_in), free_out, above, mixed)
-        # further linears of an attention have rows per head where they are as wide
-        rows = part in _MIXED or (part == "other" and site.d_out == output.d_in)
-        if site.form == "linear" and rows:
+        # further linears of an attention have rows per head where they are as wide, and so has a
+        # norm over all queries or keys, unlike one over those of each head
+        rows = (part in _MIXED or (part == "other" and site.d_out == output.d_in)
+                if site.form == "linear" else site.form == "norm" and any(
+                    s.role == f"{prefix}.{part}" and s.d_out == site.d_out for s in beside))
+        if rows:
             return Ties(free_in, _spread(mask, site.d_out), above, mixed)
         return Ties(free_in, free_out, above, mixed)
 

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from searchpet import processes
 from searchpet.errors import InputError
 
+# what a run may leave that stopped before it began
+BEFORE = ("settings.json", "log.jsonl", "latency.json")
 LOG_EVERY = 10  # steps between two lines of log.jsonl
 # what every result.json has
 RESULT = ("task", "metric", "split", "score", "strategy", "trainable", "head", "backbone",
@@ -70,12 +72,14 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"--out must be a folder, but {self.path} is a file")
         used = self.path.is_dir() and any(
-            file.name not in ("settings.json", "log.jsonl") for file in self.path.iterdir())
+            file.name not in BEFORE for file in self.path.iterdir())
         if used and not resume:
             raise InputError(f"--out must be a new or empty folder, but {self.path} is not empty; "
                              "add --resume to continue it, or name another")
         if used:
             self._same(settings)
+        else:
+            self.drop("latency.json")  # of other settings, perhaps
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("settings.json", settings)
 
@@ -128,7 +132,8 @@ class RunFolder:
     def write_tensors(self, name: str, tensors: Mapping[str, Tensor],
                       metadata: Mapping[str, str] | None = None) -> None:
         own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-        self._replace(name, lambda partial: save_file(own, partial, dict(metadata or {})))
+        # save_file would make it readable by its owner alone
+        self._replace(name, lambda partial: partial.write_bytes(save(own, dict(metadata or {}))))
 
     def digest(self, name: str) -> str:
         """sha256 of a file, in hex."""

@@ -71,7 +71,22 @@ def verify(run: str | Path, model: str | None = None) -> list[Check]:
         checks.append(_same("really removed", claims.get("removed", gone), gone))
     if gone:
         checks.append(_outputs(masked, removed))
-    return [*checks, *_pruned(folder, spec, masked, removed if gone else None)]
+    return [*checks, *_pruned(folder, spec, masked, removed if gone else None),
+            *_scores(folder, claims)]
+
+
+def _scores(folder: RunFolder, claims: Mapping[str, Any]) -> list[Check]:
+    """What the training left word of; a score itself is measured by `searchpet evaluate`.
+
+    Controls have no result.json: their figures stand in their run's.
+    """
+    trained = folder.read_json("training.json") if folder.has("training.json") else {}
+    if not claims:
+        same = trained.get("tensors") == folder.digest(DELTA_FILE)
+        return [Check("tensors of training.json", True, same, same)]
+    names = ["validation_score", *(["score"] if claims["split"] == "validation" else [])]
+    return [_same(f"{name} of result.json", claims.get(name), trained["validation_score"])
+            for name in names if "validation_score" in trained]
 
 
 def folder_of(run: str | Path) -> RunFolder:
@@ -145,7 +160,7 @@ def _outputs(masked: nn.Module, removed: nn.Module) -> Check:
     expected = outputs(masked, inputs)
     apart = float((outputs(removed, inputs) - expected).abs().max())
     bound = CLOSE * max(1.0, float(expected.abs().max()))
-    return Check("masked and removed outputs agree", bound, apart, apart <= bound)
+    return Check("masked and removed outputs differ by at most", bound, apart, apart <= bound)
 
 
 def _pruned(folder: RunFolder, spec: Spec, masked: nn.Module, removed: nn.Module | None,

@@ -209,9 +209,9 @@ def test_bad_allocations_are_refused() -> None:
         keep_masks({"a": torch.tensor([1.0, math.nan])}, 0.5)
     with pytest.raises(InputError, match="at least one tensor"):
         keep_masks({}, 0.5)
-    with pytest.raises(InputError, match="without a cost"):
+    with pytest.raises(InputError, match="but got per_cost without it; single weights"):
         keep_masks(scores, 0.5, "per_cost")
-    with pytest.raises(InputError, match="with a cost"):
+    with pytest.raises(InputError, match="but got global with it"):
         keep_masks(scores, 0.5, "global", {"a": 1.0})
     for cost in ({}, {"a": 0.0}, {"a": torch.ones(3)}, {"a": torch.tensor([1.0, -1.0])}):
         with pytest.raises(InputError, match="above 0 for every element"):

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from searchpet.apply import apply, outside_base, trained_tensors, write_tensors
@@ -88,6 +89,22 @@ def test_deltas_that_share_a_module_act_at_every_use() -> None:
     model.searchpet.watch = count
     assert not torch.allclose(tiny.logits(model, batch), before)
     assert calls == 2  # layers
+
+
+def test_a_spec_of_a_t5_classifier_fits_the_t5_that_generates_and_back() -> None:
+    def lora(model: nn.Module) -> Spec:
+        placed = tiny.space(model, tiny.rule("lora", "module"))
+        return tiny.spec_of(model, placed, tiny.some(len(placed), seed=1))
+
+    classifier = tiny.model("t5")
+    writer, spec = transformers.T5ForConditionalGeneration(classifier.config), lora(classifier)
+    apply(writer, spec)
+    assert {e.path for e in spec.entries} == {
+        f"transformer.{graft.site.path}" for graft in writer.searchpet.grafts}
+    bare = lora(transformers.T5ForConditionalGeneration(classifier.config))
+    assert not any(e.path.startswith("transformer.") for e in bare.entries)
+    apply(classifier, bare)
+    assert len(classifier.searchpet.grafts) == len(bare.entries)
 
 
 def test_another_architecture_is_refused() -> None:

@@ -18,6 +18,7 @@ from searchpet.backbone import config_hash
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.flops import flops as counted
+from searchpet.hosts import Hosts, Mask
 from searchpet.importance import importance
 from searchpet.latency import Table, measure
 from searchpet.limits import Keep, Limits
@@ -59,7 +60,7 @@ def scores(limits: Limits, seed: int) -> torch.Tensor:
     return torch.rand(len(limits.space), generator=torch.Generator().manual_seed(seed))
 
 
-FAMILIES = ["bert", "llama", "gpt2", "gpt_neox", "t5", "vit"]
+FAMILIES = ["bert", "llama", "gpt2", "gpt_neox", "qwen3", "t5", "vit"]
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
 
@@ -85,7 +86,7 @@ def test_masked_and_removed_models_are_one_function(family: str, seed: int) -> N
 @pytest.mark.parametrize("remove", [False, True])
 def test_a_pruned_model_merges(family: str, remove: bool) -> None:
     model = tiny.model(family)
-    biased = family not in ("llama", "t5")
+    biased = family not in ("llama", "qwen3", "t5")
     rules = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("scale", "channel"),
              *([tiny.rule("bias", "channel")] if biased else []),
              *(rule for rule in MASKS if rule.kind != "layers")]
@@ -170,6 +171,25 @@ def test_a_unit_goes_with_the_worst_of_what_it_hangs_on() -> None:
     assert keep[inside[1]].any()
     assert limits.keep
     assert limits.kept(keep) > 0.55 * limits.keep.cost.dense
+
+
+@pytest.mark.parametrize(("family", "size"), [("qwen3", 8), ("olmo2", 16)])
+def test_norms_of_queries_and_keys_go_with_the_attention(family: str, size: int) -> None:
+    """Olmo 2 has one norm over all heads, which shrinks; Qwen 3 one of a head's size."""
+    config = transformers.AutoConfig.for_model(family, **tiny.CONFIGS["qwen3"])
+    sites = discover(transformers.AutoModelForCausalLM.from_config(config))
+    heads = next(s for s in sites if s.role == "attention.output")
+    block = next(s for s in sites if s.role == "attention.block" and s.layer == heads.layer)
+    run = heads.d_in // 2
+    hosts = Hosts(sites, [Mask(heads, torch.tensor([0, 1]), run),
+                          Mask(block, torch.tensor([2]), block.d_out)])
+    norms = [s for s in sites if s.role in ("norm.query", "norm.key") and s.layer == heads.layer]
+    assert [norm.d_out for norm in norms] == [size, size]
+    for norm in norms:
+        found = hosts.live(norm, torch.tensor([True, False, True]))
+        assert found is not None and found.site.d_out == 8
+        assert hosts.live(norm, torch.tensor([True, True, False])) is None  # the sublayer is gone
+        assert hosts.live(norm, torch.tensor([False, False, True])) is None  # all heads are
 
 
 def test_the_gradient_of_both_shifts_is_the_difference_quotient() -> None:

@@ -30,9 +30,11 @@ class NM(Mask):
         m: int = 4,
         channels: Groups | None = None,
     ) -> None:
-        if n > m or site.d_in % m:
-            raise InputError(f"{n}:{m} needs n <= m and rows of a multiple of {m}, but "
-                             f"{site.path} has rows of {site.d_in}")
+        if not 0 < n <= m:
+            raise InputError(f"n of m weights stay, so n must be in 1 to {m}, but got {n}:{m}")
+        if site.d_in % m:
+            raise InputError(f"{n}:{m} needs rows of a multiple of {m}, but {site.path} has rows "
+                             f"of {site.d_in}; select other sites or another m")
         if channels is None:
             channels = Groups(site.d_out * site.d_in, 1)
         super().__init__(site, channels, n=n, m=m)

@@ -30,6 +30,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": TEXT,
     "llama": GATED,
     "gemma": GATED,
+    "qwen3": TEXT | {"num_key_value_heads": 2, "head_dim": 8},  # norms of queries and keys
     "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
            "vocab_size": WORDS, "pad_token_id": 0, "eos_token_id": 1,
            "decoder_start_token_id": 0},
