@@ -20,10 +20,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchpet.collect import front
 from searchpet.errors import InputError
+from searchpet.question import Question, question_of
 from searchpet.run import RunFolder
 from searchpet.study import FAILURE, join, root, standing, trials_of
-from searchpet.tune import FILE, question_of
-from searchpet.worker import REUSED, Question
+from searchpet.tune import FILE
+from searchpet.worker import REUSED
 
 SIZE = (8.0, 4.5)  # inches
 DOTS = 150  # per inch

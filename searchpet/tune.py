@@ -6,10 +6,9 @@ other machines join in the same way.  Nothing of a study lies in memory alone: a
 
 from __future__ import annotations
 
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,35 +21,41 @@ from searchpet.collect import STORE, fetch, front, keep, winner
 from searchpet.engine import Result, default_out, evaluate, latencies, values_of
 from searchpet.errors import InputError, shown
 from searchpet.latency import Table
-from searchpet.measures import DIRECTIONS, check_metrics
 from searchpet.multitask import open_session
-from searchpet.propose import budget_of, version
-from searchpet.pruning import Prune
+from searchpet.propose import budget_of
 from searchpet.pruning import asked as prune_to
+from searchpet.question import (
+    FACTOR,
+    LEAST,
+    TPE,
+    Question,
+    about,
+    check,
+    duration,
+    knobs_for,
+    limits_of,
+    question_of,
+    rungs,
+    written,
+)
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
-from searchpet.settings import Settings, asked
+from searchpet.settings import Settings
 from searchpet.study import (
-    OURS,
     create,
     join,
     open_storage,
-    pruner,
     run_proxy,
-    sampler,
     standing,
     trials_of,
 )
-from searchpet.tunefile import DEFAULT, TuneFile, read_tune
-from searchpet.worker import REUSED, Question, Worker
+from searchpet.tunefile import read_tune
+from searchpet.worker import REUSED, Worker
 from searchpet.workers import Crew, run_workers
 
-FACTOR, RUNGS, LEAST = 4, 3, 20  # between two rungs; rungs at most; steps of the first at least
 UNTIL = "until"  # study attribute: the time after which no trial begins
 LATENCY = "latency"  # study attribute: what units take, by which all trials are priced
 FILE = "study.db"
-DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)")
-TPE = "tpe"  # as a strategy: the outer loop is the search
 
 
 def tune(
@@ -99,14 +104,14 @@ def tune(
     question = Question(
         chosen, ask, read_tune(knobs or knobs_for(metrics, prune, strategy)), trials,
         rungs(chosen.steps), metrics, limits_of(limit or {}), sampler, pruner)
-    _check(question, jobs)
+    check(question, jobs)
     if question.prunes and len(question.rungs) == 1:
         say(f"--pruner {pruner} needs --steps {FACTOR * LEAST} or more to compare trials before "
             f"their end: with {chosen.steps}, every trial runs to its end")
     if storage and not storage.startswith(("sqlite:", "journal:")):
         open_storage(storage)  # it must answer before anything is written
     folder = RunFolder(out or default_out(chosen, replace(ask, strategy="tune")))
-    folder.start(_written(question), resume)
+    folder.start(written(question), resume)
     session = open_session(chosen, listener)
     budget_of(session, budget, count_head)
     table = latencies(session, folder, ask)
@@ -199,7 +204,7 @@ def finish(study: Study, question: Question, session: Session, folder: RunFolder
             "front": [{"trial": t.number, **dict(zip(question.metrics, t.values, strict=True))}
                       for t in leading]}}
     if not folder.has("settings.json"):
-        folder.write_json("settings.json", _written(question))
+        folder.write_json("settings.json", written(question))
     folder.write_json("result.json", values)
     return Result(folder.path, spec, values)
 
@@ -233,100 +238,6 @@ def _worker(study: Study, question: Question, session: Session, folder: Path,
         session.table = Table.model_validate(table)
     return Worker(question, study, session, folder, say,
                   partial(keep, study, question, where), until or float("inf"))
-
-
-def about(question: Question) -> dict[str, Any]:
-    """What must not change in a study, as plain values.  Where data and devices are may."""
-    settings = {k: v for k, v in asdict(question.settings).items() if k not in ("data", "device")}
-    return {
-        "version": _compatible(version()), "settings": settings, "ask": question.ask.settings(),
-        "space": question.space.model_dump(mode="json"), "metrics": list(question.metrics),
-        "limits": dict(question.limits), "rungs": list(question.rungs),
-        "sampler": question.sampler, "pruner": question.pruner}
-
-
-def question_of(study: Study, data: str | None, device: str) -> Question:
-    """What a study is of.  Raises InputError for one of another version."""
-    had = study.user_attrs[OURS]
-    if had.get("version") != _compatible(version()):
-        raise InputError(f"study {study.study_name} must be of version {_compatible(version())}, "
-                         f"which runs here, but was made by {had.get('version')}; install that "
-                         "one, or begin a new study")
-    ask = {k: v for k, v in had["ask"].items() if k not in ("space", "prune")}
-    prune = Prune(**had["ask"]["prune"]) if had["ask"]["prune"] else None
-    return Question(
-        Settings(**had["settings"], data=data, device=device), Ask(**ask, prune=prune),
-        TuneFile.model_validate(had["space"]), int(study.user_attrs["trials"]),
-        tuple(had["rungs"]), tuple(had["metrics"]), had["limits"], had["sampler"], had["pruner"])
-
-
-def _written(question: Question) -> dict[str, Any]:
-    """The content of settings.json: model, task and data stand where every run has them."""
-    return {**asked(question.settings), "command": "tune",
-            **{k: v for k, v in about(question).items() if k != "settings"}}
-
-
-def _compatible(text: str) -> str:
-    """The part of a version that a study depends on: 0.3.1 -> 0.3."""
-    return ".".join(text.split(".")[:2])
-
-
-def _check(question: Question, jobs: int) -> None:
-    """Raise InputError for what cannot be asked of a study."""
-    for name, value in (("--trials", question.trials), ("--jobs", jobs)):
-        if value < 1:
-            raise InputError(f"{name} must be >= 1, but got {value}")
-    check_metrics([*question.metrics, *question.limits])
-    if "score" not in question.metrics or len(set(question.metrics)) < len(question.metrics):
-        raise InputError("--metric must be score, or score and others, each once, but got "
-                         f"{','.join(question.metrics)}")
-    sampler(question.sampler, 0)
-    pruner(question.pruner, question.rungs)
-
-
-def rungs(steps: int) -> tuple[int, ...]:
-    """Steps of a trial's tries: the last one has all of them, those before a quarter each."""
-    found = [steps]
-    while len(found) < RUNGS and found[0] // FACTOR >= LEAST:
-        found.insert(0, found[0] // FACTOR)
-    return tuple(found)
-
-
-def knobs_for(metrics: Sequence[str], prune: Prune | None, strategy: str) -> str:
-    """The tuning space that suits what is asked for."""
-    if strategy == TPE:
-        return "autopeft"
-    if {"flops", "latency"} & set(metrics):
-        return "inference"
-    if prune is not None:
-        return "prune"
-    return "pareto" if len(metrics) > 1 else DEFAULT
-
-
-def limits_of(given: Mapping[str, str]) -> dict[str, float]:
-    """METRIC -> the largest value allowed.  Raises InputError for what nobody can meet."""
-    found = {}
-    for name, text in given.items():
-        if name not in DIRECTIONS or name == "score":
-            raise InputError(f"--limit must be of trainable, flops or latency, but got {name}")
-        try:
-            found[name] = float(text)
-        except ValueError as error:
-            raise InputError(f"--limit {name} must be a number, but got {text!r}") from error
-        if not 0 < found[name] < float("inf"):
-            raise InputError(f"--limit {name} must be above 0, which nothing undercuts, but got "
-                             f"{text}")
-    return found
-
-
-def duration(text: str | None) -> float | None:
-    """Seconds of `90s`, `30m`, `2h`, `90`.  Raises InputError for anything else."""
-    if text is None:
-        return None
-    match = DURATION.fullmatch(text.strip())
-    if not match or float(match[1]) == 0:
-        raise InputError(f"--timeout must be a time such as 90s, 30m or 2h, but got {text!r}")
-    return float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]]
 
 
 def _tau(trial: FrozenTrial, question: Question) -> float:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,11 @@ from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.knobs import Values, ask_of, settings_of
 from searchpet.ledger import claim
-from searchpet.measures import DIRECTIONS, measures
+from searchpet.measures import measures
 from searchpet.propose import budget_of, version
+from searchpet.question import Question
 from searchpet.run import RunFolder
 from searchpet.session import Session
-from searchpet.settings import Settings
 from searchpet.site import Site
 from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import Spec
@@ -54,34 +54,6 @@ from searchpet.tunefile import Knob, TuneFile
 REUSED = "reused"  # trial attribute: the trial whose score was taken over
 RUN = "run"  # trial attribute: the folder of its last rung, in the study's folder
 PAUSE = 1.0  # seconds between looks at whether another worker's trial has ended or died
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a study is of; every worker has the same.
-
-    rungs: steps of a trial's searches and trainings, rising; metrics: what trials are judged by;
-    limits: metric -> the largest value that is allowed.
-    """
-
-    settings: Settings
-    ask: Ask
-    space: TuneFile
-    trials: int
-    rungs: tuple[int, ...]
-    metrics: tuple[str, ...] = ("score",)
-    limits: Mapping[str, float] = field(default_factory=dict)
-    sampler: str = "tpe"
-    pruner: str = "halving"
-
-    @property
-    def directions(self) -> list[str]:
-        return [DIRECTIONS[name] for name in self.metrics]
-
-    @property
-    def prunes(self) -> bool:
-        """Whether trials are compared before their end: Optuna can do so by one metric."""
-        return len(self.metrics) == 1 and self.pruner != "none"
 
 
 @dataclass

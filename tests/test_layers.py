@@ -48,7 +48,7 @@ STOREYS: dict[float, list[str]] = {
     5.3: ["propose", "teach", "verify"],
     5.4: ["once"],
     5.5: ["engine"],
-    6: ["export", "gridfile", "ledger", "plan", "plot", "survey", "transfer"],
+    6: ["export", "gridfile", "ledger", "plan", "plot", "question", "survey", "transfer"],
     6.1: ["worker"],
     6.2: ["collect", "workers"],
     6.3: ["gridcells", "tune"],
@@ -67,7 +67,7 @@ LIBRARIES = {
     "transformers": {"apply", "backbone", "engine", "merge", "removal", "session"},
     "huggingface_hub": {"source", "task"},
     "datasets": {"task"},
-    "optuna": {"collect", "study", "trials", "tune", "worker", "workers"},
+    "optuna": {"collect", "question", "study", "trials", "tune", "worker", "workers"},
     "matplotlib": {"plot", "trials"},
     "peft": {"export"},
 }

@@ -21,6 +21,7 @@ from searchpet import cli
 from searchpet.errors import InputError, shown
 from searchpet.failures import explain
 from searchpet.propose import command
+from searchpet.question import duration, limits_of, rungs
 from searchpet.spec import Spec
 from searchpet.study import (
     GRACE,
@@ -33,7 +34,6 @@ from searchpet.study import (
     trials_of,
     unclaimed,
 )
-from searchpet.tune import duration, limits_of, rungs
 from tests.commands import ROOT, workplace
 
 SMALL = ["--model", "tiny", "--task", "films", "--budget", "5%", "--steps", "80",

@@ -35,11 +35,12 @@ import psutil
 from optuna.trial import Trial
 
 from searchpet.ask import Ask
+from searchpet.question import Question
 from searchpet.settings import Settings
 from searchpet.study import admit, create, join, me, trials_of
 from searchpet.study import sampler as sampler_of
 from searchpet.tunefile import read_tune
-from searchpet.worker import Question, Worker, suggest
+from searchpet.worker import Worker, suggest
 
 SECONDS = 2.0  # that a trial sleeps
 PROCESSES = 8  # that share the threads of a load
