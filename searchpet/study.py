@@ -40,6 +40,7 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
     _retry = RetryHeartbeatStaleTrialCallback(max_retry=RETRIES)
 FAILURE = "failure"  # trial attribute: why it failed; without it, its worker died
+VERSION = "version"  # trial attribute: of which version it is; set as soon as every knob is
 SURPLUS = "surplus"  # trial attribute: it was beyond the number asked for
 
 
@@ -269,9 +270,15 @@ def me() -> str:
 
 
 def again(study: Study, trial: FrozenTrial) -> None:
-    """Enqueue a trial once more, with the same settings; not more than RETRIES times."""
+    """Enqueue a trial once more, with the same settings; not more than RETRIES times.
+
+    One that was cut off between two knobs is sampled anew from its number: with half of them
+    given, the sampler would draw others for the rest than it would have.
+    """
     trial = copy.deepcopy(trial)
     trial.user_attrs.pop(WORKER, None)
+    if VERSION not in trial.user_attrs:
+        trial.params, trial.distributions = {}, {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         _retry(study, trial)

@@ -37,6 +37,7 @@ from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import Spec
 from searchpet.study import (
     FAILURE,
+    VERSION,
     Standing,
     Surplus,
     admit,
@@ -143,6 +144,7 @@ class Worker:
         began = time.monotonic()
         try:
             values = suggest(trial, self.question.space)
+            trial.set_user_attr(VERSION, version())
             found = self._reuse(trial) or self._tried(trial, frozen, values)
         except optuna.TrialPruned as pruned:
             self._tell(trial, f"pruned: {pruned}", began)
@@ -211,7 +213,6 @@ class Worker:
         head = session.head_size if q.ask.count_head else 0
         ask = ask_of(values, self._base, q.ask, self._sites, limit, head)
         known_good = values in q.space.starts()  # they are what others are measured by
-        trial.set_user_attr("version", version())
         trial.set_user_attr("head", session.head_size)
         with _own_folder(self.folder, frozen) as own:
             for steps in q.rungs if q.prunes else q.rungs[-1:]:

@@ -25,10 +25,13 @@ from searchpet.question import duration, limits_of, rungs
 from searchpet.spec import Spec
 from searchpet.study import (
     GRACE,
+    VERSION,
     WORKER,
+    again,
     join,
     open_storage,
     root,
+    sampler,
     standing,
     take_back,
     trials_of,
@@ -351,6 +354,28 @@ def test_a_trial_given_up_without_being_repeated_is_found(done: Path) -> None:
     assert standing(old).waiting == 1
     take_back(old)
     assert len(old.trials) == 2
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_a_trial_cut_off_between_two_knobs_gets_those_that_it_would_have_had(given: int) -> None:
+    names = ("rank", "tau")
+
+    def asked(study: optuna.Study) -> optuna.Trial:
+        study.sampler = sampler("tpe", 7)
+        return study.ask()
+
+    uncut = asked(optuna.create_study())
+    wanted = [uncut.suggest_float(name, 0, 1) for name in names]
+    study = optuna.create_study()
+    cut = asked(study)
+    for name in names[:given]:
+        cut.suggest_float(name, 0, 1)
+    if given == len(names):
+        cut.set_user_attr(VERSION, "1")
+    again(study, trials_of(study)[0])
+    repeated = asked(study)
+    assert root(trials_of(study)[1]) == 0 and repeated.number == 1
+    assert [repeated.suggest_float(name, 0, 1) for name in names] == wanted
 
 
 def test_a_trial_whose_worker_died_before_it_could_say_who_it_is_is_repeated(
