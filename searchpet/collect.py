@@ -17,9 +17,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from searchpet.errors import InputError
 from searchpet.question import Question
+from searchpet.roster import root, standing, trials_of
 from searchpet.run import RunFolder
 from searchpet.spec import Spec
-from searchpet.study import root, standing, storage_of, trials_of
+from searchpet.study import storage_of
 from searchpet.worker import REUSED, RUN
 
 FILES = ("spec.json", "delta.safetensors", "masks.safetensors", "training.json", "log.jsonl",

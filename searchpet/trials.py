@@ -21,8 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 from searchpet.collect import front
 from searchpet.errors import InputError
 from searchpet.question import Question, question_of
+from searchpet.roster import FAILURE, root, standing, trials_of
 from searchpet.run import RunFolder
-from searchpet.study import FAILURE, join, root, standing, trials_of
+from searchpet.study import join
 from searchpet.tune import FILE
 from searchpet.worker import REUSED
 

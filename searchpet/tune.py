@@ -38,17 +38,11 @@ from searchpet.question import (
     rungs,
     written,
 )
+from searchpet.roster import standing, trials_of
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.settings import Settings
-from searchpet.study import (
-    create,
-    join,
-    open_storage,
-    run_proxy,
-    standing,
-    trials_of,
-)
+from searchpet.study import create, join, open_storage, run_proxy
 from searchpet.tunefile import read_tune
 from searchpet.worker import REUSED, Worker
 from searchpet.workers import Crew, run_workers

@@ -30,26 +30,25 @@ from searchpet.ledger import claim
 from searchpet.measures import measures
 from searchpet.propose import budget_of, version
 from searchpet.question import Question
-from searchpet.run import RunFolder
-from searchpet.session import Session
-from searchpet.site import Site
-from searchpet.spacefile import SpaceFile, read_space
-from searchpet.spec import Spec
-from searchpet.study import (
+from searchpet.roster import (
     FAILURE,
     VERSION,
     Standing,
     Surplus,
     admit,
     again,
-    pruner,
     root,
-    sampler,
     standing,
     take_back,
     trials_of,
     unclaimed,
 )
+from searchpet.run import RunFolder
+from searchpet.session import Session
+from searchpet.site import Site
+from searchpet.spacefile import SpaceFile, read_space
+from searchpet.spec import Spec
+from searchpet.study import pruner, sampler
 from searchpet.tunefile import Knob, TuneFile
 
 REUSED = "reused"  # trial attribute: the trial whose score was taken over

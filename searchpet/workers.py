@@ -15,7 +15,7 @@ from pathlib import Path
 from optuna.study import Study
 
 from searchpet.errors import InputError
-from searchpet.study import Standing, standing, take_back
+from searchpet.roster import Standing, standing, take_back
 
 STARTS = 3  # of a worker that was killed
 PAUSE = 1.0  # seconds between two looks

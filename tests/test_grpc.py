@@ -18,8 +18,9 @@ import sqlalchemy
 
 from searchpet import cli
 from searchpet.failures import explain
+from searchpet.roster import root, standing, trials_of
 from searchpet.spec import Spec
-from searchpet.study import join, root, standing, trials_of
+from searchpet.study import join
 from tests.commands import ROOT, workplace
 
 pytest.importorskip("grpc", reason="grpcio is not installed: pip install 'searchpet[cluster]'")

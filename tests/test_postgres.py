@@ -17,8 +17,9 @@ from pathlib import Path
 import pytest
 
 from searchpet import cli
+from searchpet.roster import WORKER, root, standing, trials_of
 from searchpet.spec import Spec
-from searchpet.study import WORKER, join, root, standing, trials_of
+from searchpet.study import join
 from tests.commands import ROOT, workplace
 
 ADDRESS = os.environ.get("SEARCHPET_POSTGRES", "")

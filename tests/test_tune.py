@@ -22,21 +22,19 @@ from searchpet.errors import InputError, shown
 from searchpet.failures import explain
 from searchpet.propose import command
 from searchpet.question import duration, limits_of, rungs
-from searchpet.spec import Spec
-from searchpet.study import (
+from searchpet.roster import (
     GRACE,
     VERSION,
     WORKER,
     again,
-    join,
-    open_storage,
     root,
-    sampler,
     standing,
     take_back,
     trials_of,
     unclaimed,
 )
+from searchpet.spec import Spec
+from searchpet.study import join, open_storage, sampler
 from tests.commands import ROOT, workplace
 
 SMALL = ["--model", "tiny", "--task", "films", "--budget", "5%", "--steps", "80",
@@ -386,7 +384,7 @@ def test_a_trial_whose_worker_died_before_it_could_say_who_it_is_is_repeated(
     take_back(study)
     assert [unclaimed(t) for t in trials_of(study)] == [True]  # it may still say so
     now = time.time()
-    monkeypatch.setattr("searchpet.study.time.time", lambda: now + GRACE + 1)
+    monkeypatch.setattr("searchpet.roster.time.time", lambda: now + GRACE + 1)
     take_back(study)
     assert [t.state.name for t in trials_of(study)] == ["FAIL", "WAITING"]
     take_back(study)

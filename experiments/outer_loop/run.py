@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from searchpet.ledger import claim
-from searchpet.study import join, trials_of
+from searchpet.roster import trials_of
+from searchpet.study import join
 
 WAYS = ("default", "tune", "random", "autopeft")
 SHORT, FULL, TRIALS = 100, 300, 20

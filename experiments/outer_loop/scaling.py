@@ -36,8 +36,9 @@ from optuna.trial import Trial
 
 from searchpet.ask import Ask
 from searchpet.question import Question
+from searchpet.roster import admit, me, trials_of
 from searchpet.settings import Settings
-from searchpet.study import admit, create, join, me, trials_of
+from searchpet.study import create, join
 from searchpet.study import sampler as sampler_of
 from searchpet.tunefile import read_tune
 from searchpet.worker import Worker, suggest
