@@ -2,7 +2,8 @@
 
 One training, one pass a step.  The salience of a unit is |z dL/dz| on the training batch, smoothed
 over steps; prune units leave in ten rounds on a cubic schedule, the least salient per unit of cost
-first, for good.  At the end PET units are kept by salience per parameter.
+first, for good.  At the end PET units are kept by salience per parameter.  Without a limit on
+inference nothing leaves, and PET alone is chosen so.
 
 Differences from the paper: salience is read at gates, not summed over activations times weights
 with their kurtosis; ranks do not grow during the training, the budget is exact and spent at its
