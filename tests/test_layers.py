@@ -27,8 +27,8 @@ STOREYS: dict[float, list[str]] = {
     2.5: ["discover", "factors", "inference", "prices", "schema"],
     2.7: ["cuts", "limits"],
     2.8: ["anatomy", "settle"],
-    3: ["adversary", "backbone", "batch", "flops", "grafts", "run", "stats", "task"],
-    3.3: ["calibrate", "linear_probe"],
+    3: ["adversary", "backbone", "batch", "card", "flops", "grafts", "run", "stats", "task"],
+    3.3: ["calibrate", "linear_probe", "onnx_file"],
     3.5: ["removal", "supernet", "train"],
     3.6: ["contrast"],
     3.7: ["importance", "latency", "recovery", "updates"],
@@ -38,7 +38,7 @@ STOREYS: dict[float, list[str]] = {
     4.2: ["sparse"],
     4.3: ["realise"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
-    4.7: ["finished"],
+    4.7: ["finished", "plain", "portable"],
     4.8: ["ask"],
     4.9: ["knobs"],
     4.95: ["tunefile"],
@@ -70,6 +70,7 @@ LIBRARIES = {
     "optuna": {"collect", "question", "study", "trials", "tune", "worker", "workers"},
     "matplotlib": {"plot", "trials"},
     "peft": {"export"},
+    "onnxruntime": {"onnx_file"},
 }
 # room -> what of this project it may import, at most
 ONLY = {"budget": {"errors"}, "gates": {"errors"}}
