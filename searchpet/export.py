@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from searchpet import __version__
@@ -96,6 +96,8 @@ def export(run: str | Path, *, format: str = "peft", out: str | Path, model: str
         about, figures = _write(format, folder, spec, trained, partial, model)
         text = card(format, target.resolve().name, about, figures)
         (partial / "README.md").write_text(text, encoding="utf-8")
+        for file in partial.rglob("*.safetensors"):  # which others make readable by us alone
+            file.chmod((partial / "README.md").stat().st_mode)
         values = {"searchpet_export": 1, "format": format, **same, "figures": figures,
                   "versions": _versions(format), "files": _files(partial)}
         RunFolder(partial).write_json(MANIFEST, values)
@@ -193,7 +195,7 @@ def _write_adapter(adapter: Adapter, folder: Path, spec: Spec) -> None:
     config.save_pretrained(folder)
     tensors = {name: value.detach().cpu().contiguous().clone()
                for name, value in adapter.tensors.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, {"format": "pt"}))
 
 
 def _peft_model(base: nn.Module, found: Sequence[Adapter], folders: Sequence[Path],
@@ -212,7 +214,12 @@ def _peft_model(base: nn.Module, found: Sequence[Adapter], folders: Sequence[Pat
     for adapter, folder in zip(found, folders, strict=True):
         with warnings.catch_warnings(), quietly():
             warnings.simplefilter("ignore")  # that a second adapter comes, that merging is off
-            loaded = PeftModel.from_pretrained(model, str(folder)).eval()
+            try:
+                loaded = PeftModel.from_pretrained(model, str(folder)).eval()
+            except Exception as error:  # another version of PEFT may refuse in any way
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+                raise InputError("PEFT must load what an export holds, but it does not: "
+                                 f"{reason}; the export was deleted") from error
             held = get_peft_model_state_dict(loaded, save_embedding_layers=False)
         if adapter.type != "IA3":  # those of the first adapter are seen through the second
             held = {name: value for name, value in held.items() if not name.endswith(".ia3_l")}

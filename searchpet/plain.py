@@ -18,7 +18,7 @@ from torch import nn
 
 from searchpet.apply import grafts
 from searchpet.discover import discover
-from searchpet.errors import InputError
+from searchpet.errors import InputError, listed
 from searchpet.merge import merge
 
 WAY = "keep the run and load it with searchpet.load"
@@ -41,7 +41,7 @@ def folded(model: nn.Module, needs_config: bool = True) -> nn.Module:
             and g.delta.affine(torch.ones(g.delta.width)) is None]
     if bent:
         raise InputError(f"what is folded into weights must be affine, but the structure has "
-                         f"{', '.join(bent)}; {WAY}")
+                         f"{listed(bent)}; {WAY}")
     lack = [g for g in own.grafts if g.delta.neutral == 0 and _adds(g.delta)
             and getattr(model.get_submodule(g.at), "bias", None) is None]
     for path in _placed(model, lack, needs_config):
@@ -76,7 +76,7 @@ def _placed(model: nn.Module, lack: Sequence[Any], needs_config: bool) -> list[s
             for flag in chosen:
                 setattr(config, flag, True)
             return paths
-    named = ", ".join(f"{g.kind} at {g.site.path}" for g in lack)
+    named = listed([f"{g.kind} at {g.site.path}" for g in lack])
     raise InputError(f"a bias must have a place in the family's config, but {config.model_type} "
                      f"has none for {named}; {WAY}, or take --format peft")
 
@@ -99,7 +99,11 @@ def say_sizes(model: nn.Module) -> None:
     own = _shapes(model)
     for change in _changes(model):
         config = _changed(model.config, change)
-        if _shapes(_twin(model, config)) == own:
+        try:
+            fits = _shapes(_twin(model, config)) == own
+        except (ValueError, RuntimeError):  # sizes that the family does not take together
+            continue
+        if fits:
             model.config = config
             return
     sites = discover(model)

@@ -30,13 +30,12 @@ from torch import Tensor, nn
 
 from searchpet.apply import grafts
 from searchpet.deltas import Affine
-from searchpet.errors import InputError
+from searchpet.errors import InputError, listed
 from searchpet.grafts import Graft
 from searchpet.merge import affine_of, fold_of, on_module, sizes, summed, write
 
 Type = Literal["IA3", "LORA", "LN_TUNING"]
 PREFIX = "base_model.model."  # what PEFT puts before a module's name in its files
-NAMED = 5  # positions that a refusal names; it counts the others
 OWN = "keep the run and load it with searchpet.load"
 
 
@@ -107,7 +106,7 @@ def _refuse(model: nn.Module, members: Sequence[Graft]) -> None:
         if reason:
             reasons[reason].append(f"{graft.kind} at {graft.site.path}")
     if reasons:
-        told = "; ".join(f"{_listed(places)} ({reason})" for reason, places in reasons.items())
+        told = "; ".join(f"{listed(places)} ({reason})" for reason, places in reasons.items())
         merged = set(reasons) == {_FULL}
         raise InputError(f"PEFT must have a form for every position of a structure, but it has "
                          f"none for {told}; "
@@ -130,11 +129,6 @@ def _reason(model: nn.Module, graft: Graft) -> str | None:
     if affine.c is not None and graft.site.form == "norm" and bare:
         return "a norm without a bias"
     return None
-
-
-def _listed(places: Sequence[str]) -> str:
-    more = len(places) - NAMED
-    return ", ".join(places[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 def _place(module: nn.Module, members: Sequence[Graft]) -> _Place:

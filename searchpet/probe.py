@@ -49,6 +49,7 @@ def varied(model: nn.Module, generator: torch.Generator, extra: Collection[str] 
     """
     config: Any = model.config
     pad = getattr(config.get_text_config(), "pad_token_id", None)
+    typed = "token_type_ids" in {*extra} & {*inspect.signature(model.forward).parameters}
     found = []
     for count, length in SHAPES:
         inputs = random_inputs(model, count if pad is not None else 1, length, generator)
@@ -60,7 +61,7 @@ def varied(model: nn.Module, generator: torch.Generator, extra: Collection[str] 
                 ids[row, end - 1] = ids[row, -1]  # what a text ends with
                 ids[row, end:] = 0 if pad is None else pad
                 mask[row, end:] = 0
-            if "token_type_ids" in extra:
+            if typed:
                 types = torch.arange(ids.shape[1]) >= ids.shape[1] // 2
                 inputs["token_type_ids"] = types.long().expand_as(ids).clone()
         found.append(inputs)

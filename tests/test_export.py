@@ -164,7 +164,7 @@ def first_of_each(kind: str, count: int) -> Callable[[Any], torch.Tensor]:
 
 
 @pytest.mark.parametrize(("family", "kind", "count"), [
-    ("bert", "neurons", 3), ("llama", "neurons", 3), ("t5", "neurons", 3), ("gpt2", "neurons", 3)])
+    ("bert", "neurons", 3), ("llama", "neurons", 3), ("t5", "neurons", 3), ("gpt2", "neurons", 3), ("qwen3", "heads", 1)])
 def test_sizes_that_a_config_can_say_are_said(family: str, kind: str, count: int,
                                               tmp_path: Path) -> None:
     model, spec = pruned(family, first_of_each(kind, count), kind)
@@ -201,3 +201,115 @@ def test_onnx_keeps_what_was_removed_removed(tmp_path: Path) -> None:
     figures = to_onnx(loaded("bert", model), tmp_path)
     assert close(figures)
     assert figures["parameters"] < tiny.sizes(tiny.model("bert").parameters())
+
+
+@pytest.mark.parametrize(("kinds", "message"), [
+    (["lora", "adapter"], r"none for adapter at bert\..* \(it is not affine\); keep the run"),
+    (["lora", "matrix"], r"none for matrix at bert\..* full update.*take --format merged"),
+    (["lora", "heads"], r"none for heads at bert\..*attention.output.dense.*PEFT does not prune"),
+])
+def test_what_peft_cannot_say_is_refused_by_position(kinds: list[str], message: str) -> None:
+    model, _ = applied("bert", *(tiny.rule(kind) for kind in kinds), share=0.5)
+    with pytest.raises(InputError, match=message) as caught:
+        portable.adapters(model, tiny.head_of(tiny.model("bert")))
+    assert "\n" not in str(caught.value) and "lora at" not in str(caught.value)
+
+
+@pytest.mark.parametrize("family", BARE)
+def test_a_bias_on_a_norm_that_has_none_is_refused(family: str, tmp_path: Path) -> None:
+    model, spec = applied(family, tiny.rule("bias", form="norm"))
+    with pytest.raises(InputError, match=r"none for bias at .*norm.* \(a norm without a bias\)"):
+        portable.adapters(model, tiny.head_of(tiny.model(family)))
+    with pytest.raises(InputError, match=rf"{family} has none for bias at .*norm.* --format peft"):
+        to_merged(loaded(family, model), spec, tmp_path)
+
+
+def test_what_is_not_affine_is_not_merged(tmp_path: Path) -> None:
+    model, spec = applied("bert", tiny.rule("adapter"), tiny.rule("lora"))
+    with pytest.raises(InputError, match=r"must be affine, but the structure has adapter at bert"):
+        to_merged(loaded("bert", model), spec, tmp_path)
+
+
+def test_a_name_is_matched_as_it_is() -> None:
+    """As PEFT matches: (.*\\.)?(KEY)$ from the start."""
+    import re
+
+    names = ["encoder.layer.1.query", "encoder.layer.11.query", "encoderxlayer.1.query",
+             "my.encoder.layer.1.query", "encoder.layer.1.query-a", "a+b.layer[1]", "a|b", "a.b"]
+    for name in names:
+        key = rf"(.*\.)?({portable.pattern(name)})$"
+        assert [other for other in names if re.match(key, other)] == [name]
+
+
+def test_layers_1_and_11_keep_their_own_ranks(tmp_path: Path,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(tiny.CONFIGS, "bert", tiny.CONFIGS["bert"] | {"num_hidden_layers": 12})
+    model = tiny.model("bert")
+    placed = tiny.space(model, tiny.rule("lora", "atom", {"rank": 3}, role="attention.query"))
+    keep = torch.zeros(len(placed), dtype=torch.bool)
+    for layer, rank in ((1, 3), (11, 1), (10, 2)):
+        keep[3 * layer:3 * layer + rank] = True
+    spec = tiny.spec_of(model, placed, keep)
+    apply(model, spec)
+    tiny.perturb(model.searchpet.deltas.parameters(), 0.2, seed=1)
+    figures: dict[str, Any] = {}
+    to_peft(loaded("bert", model), spec, tmp_path, figures)
+    assert figures["stored, padding included"] == spec.budget.used == 6 * 32 and close(figures)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["rank_pattern"].values()) == [1, 2, 3]
+
+
+def test_a_module_that_a_name_catches_by_its_end_is_noticed(tmp_path: Path) -> None:
+    """PEFT saves every module whose name ends with that of the head."""
+    model, spec = applied("llama", tiny.rule("lora"))
+    seen = loaded("llama", model)
+
+    def fresh() -> nn.Module:
+        found = seen.fresh()
+        found.model.layers[0].underscore = nn.Linear(2, 2)
+        return found
+
+    with pytest.raises(InputError, match=r"exactly what an export holds.*underscore"):
+        to_peft(observed(model, seen.head, fresh), spec, tmp_path, {})
+
+
+def test_sparse_atoms_are_counted_without_their_zeros(tmp_path: Path) -> None:
+    model, spec = applied("bert", tiny.rule("lora", "module", {"rank": 2}))
+    with torch.no_grad():
+        for delta in model.searchpet.deltas:
+            delta.A[:, ::2] = 0
+    figures: dict[str, Any] = {}
+    to_peft(loaded("bert", model), spec, tmp_path, figures)
+    assert (figures["not 0 in the export"] == figures["of them not 0"]
+            < figures["parameters of the structure"] == figures["stored, padding included"])
+
+
+@pytest.mark.parametrize("key", ["lora_A.weight", "lora_B.weight", "lora_B.bias", "ia3_l",
+                                 "LayerNorm.weight", "classifier.weight"])
+def test_a_wrong_number_in_the_file_is_noticed(key: str, tmp_path: Path,
+                                               monkeypatch: pytest.MonkeyPatch) -> None:
+    write = export._write_adapter
+
+    def falsify(adapter: Any, folder: Path, spec: Spec) -> None:
+        tensors = {name: value.clone() for name, value in adapter.tensors.items()}
+        for name in (name for name in tensors if name.endswith(key)):
+            tensors[name].view(-1)[0] += 1
+        write(portable.Adapter(adapter.type, adapter.config, tensors), folder, spec)
+
+    monkeypatch.setattr(export, "_write_adapter", falsify)
+    model, spec = applied("bert", *rules("all", "bert"))
+    with pytest.raises(InputError, match=rf"exactly what an export holds.*{key}.* was deleted"):
+        to_peft(loaded("bert", model), spec, tmp_path, {})
+
+
+@pytest.mark.parametrize("form", ["peft", "merged", "onnx"])
+def test_wrong_logits_are_noticed(form: str, tmp_path: Path,
+                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    model, spec = applied("bert", tiny.rule("lora", "module"))
+    seen = loaded("bert", model)
+    seen.logits[-1].view(-1)[0] += 0.01
+    write: dict[str, Callable[[], Any]] = {
+        "peft": lambda: to_peft(seen, spec, tmp_path, {}),
+        "merged": lambda: to_merged(seen, spec, tmp_path), "onnx": lambda: to_onnx(seen, tmp_path)}
+    with pytest.raises(InputError, match=r"logits differ by 0\.01 \(allowed: 0\.0001\); it was"):
+        write[form]()
