@@ -12,13 +12,10 @@ appears whole or not at all.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import json
-import shutil
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +30,7 @@ from searchpet.backbone import load_backbone, load_tokenizer, quietly
 from searchpet.card import About, card
 from searchpet.errors import InputError, unknown
 from searchpet.finished import learned
+from searchpet.landing import MANIFEST, files, free, landing
 from searchpet.onnx_file import FILE, TRACED, run_onnx, write_onnx
 from searchpet.plain import folded, say_sizes
 from searchpet.portable import Adapter, adapters, effective, expected, stored
@@ -41,7 +39,6 @@ from searchpet.run import RunFolder
 from searchpet.spec import Spec
 
 FORMATS = ("peft", "merged", "onnx")
-MANIFEST = "export.json"
 TOLERANCE = 1e-4  # of the largest logit, as `verify` allows
 NEEDS = {"peft": ("peft",), "merged": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -91,15 +88,15 @@ def export(run: str | Path, *, format: str = "peft", out: str | Path, model: str
     trained = part_of(*read_delta(folder), own)[1]
     same = {"run": {"spec_hash": spec.hash, "task": trained.task,
                     "tensors": folder.digest(DELTA_FILE)}}
-    _free(target, same, overwrite)
-    with _landing(target) as partial:
+    free(target, same, overwrite)
+    with landing(target) as partial:
         about, figures = _write(format, folder, spec, trained, partial, model)
         text = card(format, target.resolve().name, about, figures)
         (partial / "README.md").write_text(text, encoding="utf-8")
         for file in partial.rglob("*.safetensors"):  # which others make readable by us alone
             file.chmod((partial / "README.md").stat().st_mode)
         values = {"searchpet_export": 1, "format": format, **same, "figures": figures,
-                  "versions": _versions(format), "files": _files(partial)}
+                  "versions": _versions(format), "files": files(partial)}
         RunFolder(partial).write_json(MANIFEST, values)
     return Export(target, values)
 
@@ -133,7 +130,7 @@ def _write(form: str, folder: RunFolder, spec: Spec, trained: Trained, partial: 
     tokenizer.name_or_path = spec.backbone.name  # a file must not tell our path
     tokenizer.save_pretrained(partial)
     sizes = {"bytes of the run's deltas": (folder.path / DELTA_FILE).stat().st_size,
-             "bytes of the export": sum(_files(partial).values())}
+             "bytes of the export": sum(files(partial).values())}
     return _about(folder, spec, trained, more), {**figures, **sizes}
 
 
@@ -257,9 +254,7 @@ def to_merged(loaded: Loaded, spec: Spec, folder: Path) -> dict[str, Any]:
 def to_onnx(loaded: Loaded, folder: Path) -> dict[str, Any]:
     """Write and check a graph, of what removal left of the model too."""
     model: Any = folded(loaded.model, needs_config=False)
-    rows = len(loaded.batches[-1][next(iter(loaded.batches[-1]))])
-    sample = random_inputs(model, max(rows, TRACED[0]), TRACED[1],
-                           torch.Generator().manual_seed(1))
+    sample = random_inputs(model, *TRACED, torch.Generator().manual_seed(1))
     example = {name: sample.get(name, torch.zeros_like(next(iter(sample.values()))))
                for name in loaded.batches[0]}
     file = write_onnx(model, example, folder)
@@ -277,60 +272,6 @@ def _compared(loaded: Loaded, found: Sequence[Tensor]) -> dict[str, float]:
         raise InputError(f"an export must compute what its run does, but logits differ by "
                          f"{apart:.2g} (allowed: {allowed:.2g}); it was deleted")
     return {"largest logit": largest, "largest difference of logits": apart, "allowed": allowed}
-
-
-# --- folders ------------------------------------------------------------------------------------
-
-
-def _free(target: Path, same: dict[str, Any], overwrite: bool) -> None:
-    """Raise InputError unless an export may be put there."""
-    if target.is_symlink() or (target.exists() and not target.is_dir()):
-        raise InputError(f"--out must be a folder, but {target} is a file or a link")
-    if not target.exists() or not any(target.iterdir()):
-        return
-    before = _manifest(target)
-    if before is None:
-        raise InputError(f"--out must be a new folder or an earlier export, but {target} holds "
-                         "other files; name another")
-    if before["run"] != same["run"] and not overwrite:
-        raise InputError(f"--out must be a new folder or an export of the same run, but {target} "
-                         "is that of another; add --overwrite or name another")
-
-
-def _manifest(folder: Path) -> dict[str, Any] | None:
-    """export.json of a folder that holds an export and nothing else; else None."""
-    try:
-        found = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        known = {*found["files"], MANIFEST}
-        whole = found["searchpet_export"] == 1 and "run" in found
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if whole and set(_files(folder)) <= known else None
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Bytes of each file, by its path inside."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_size
-            for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-@contextlib.contextmanager
-def _landing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that takes its place at the end, and goes if anything fails.
-
-    What a killed export left there is cleared by the next.
-    """
-    partial = target.resolve().with_name(f".{target.resolve().name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if target.exists():  # `_free` has said that it may go
-            shutil.rmtree(target)
-        partial.rename(target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _versions(form: str) -> dict[str, str]:

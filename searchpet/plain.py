@@ -83,10 +83,10 @@ def _placed(model: nn.Module, lack: Sequence[Any], needs_config: bool) -> list[s
 
 def _biased(model: nn.Module, config: Any) -> list[str]:
     """Paths of the linears that have a bias by this config, and none in the model."""
-    found = []
+    own, found = dict(model.named_modules()), []
     for name, _ in _twin(model, config).named_parameters():
         path, _, leaf = name.rpartition(".")
-        if leaf == "bias" and getattr(model.get_submodule(path), "bias", None) is None:
+        if leaf == "bias" and path in own and getattr(own[path], "bias", None) is None:
             found.append(path)
     return found
 

@@ -22,7 +22,7 @@ import copy
 import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -92,9 +92,8 @@ def adapters(model: nn.Module, head: frozenset[str]) -> list[Adapter]:
             places[path] = _place(module, own)
     heads, state = _head(model, head)
     found = _assembled(places, sorted({*gains, *heads}), {**kept, **state}, sorted(gains))
-    last = found[-1]
     named = frozenset(f"{PREFIX}{name}" for name in state)
-    found[-1] = Adapter(last.type, last.config, last.tensors, gains, named)
+    found[-1] = replace(found[-1], gains=gains, head=named)
     return found
 
 
@@ -107,10 +106,9 @@ def _refuse(model: nn.Module, members: Sequence[Graft]) -> None:
             reasons[reason].append(f"{graft.kind} at {graft.site.path}")
     if reasons:
         told = "; ".join(f"{listed(places)} ({reason})" for reason, places in reasons.items())
-        merged = set(reasons) == {_FULL}
-        raise InputError(f"PEFT must have a form for every position of a structure, but it has "
-                         f"none for {told}; "
-                         + ("take --format merged" if merged else OWN))
+        way = "take --format merged" if set(reasons) == {_FULL} else OWN
+        raise InputError("PEFT must have a form for every position of a structure, but it has "
+                         f"none for {told}; {way}")
 
 
 _FULL = "a full update of a matrix"
@@ -245,9 +243,6 @@ def _side_by_side(place: _Place) -> tuple[Tensor, Tensor, float]:
 def pattern(path: str) -> str:
     """The regular expression that PEFT matches to this one name: `layer.1` is not `layer.11`."""
     return "^" + re.escape(path)
-
-
-# --- counts -------------------------------------------------------------------------------------
 
 
 def expected(model: nn.Module, found: Sequence[Adapter]) -> int:

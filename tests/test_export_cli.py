@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from searchpet import cli, export
+from searchpet import cli
+from searchpet.export import FORMATS
 from searchpet.finished import predict
 from searchpet.spec import Spec
 from tests.commands import ROOT, workplace, write_task
@@ -35,6 +36,7 @@ def home(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterato
     folder = tmp_path_factory.mktemp("export")
     with workplace(folder, tiny_folder):
         write_task(folder / "plays")
+        (folder / tiny_folder.name).symlink_to(tiny_folder)  # as the snippets call it
         for name, words in RUNS.items():
             assert cli.main([*JOB, *words, "--out", name]) == 0
         yield folder
@@ -62,7 +64,7 @@ def snippet(folder: Path) -> str:
     return str(found)
 
 
-@pytest.mark.parametrize("form", export.FORMATS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_an_export_is_checked_and_its_snippet_labels_texts(form: str, home: Path, say: Any,
                                                            ) -> None:
     code, out, err = say("whole", "--format", form, "--out", f"as {form}")
@@ -134,15 +136,16 @@ def test_wrong_words(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_mismatch_deletes_the_export(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch,
                                        ) -> None:
-    monkeypatch.setattr(export, "effective", lambda *_: 1)
+    monkeypatch.setattr(sys.modules["searchpet.export"], "effective", lambda *_: 1)
     wrong(say("whole", "--out", "x"), "1 were found in it; it was deleted")
     assert not [p for p in home.iterdir() if p.name == "x" or "partial" in p.name]
 
 
 KILLED = """
 import os, signal, sys
-from searchpet import cli, export
-export.card = lambda *_: os.kill(os.getpid(), signal.{signal})
+import searchpet.export
+from searchpet import cli
+sys.modules["searchpet.export"].card = lambda *_: os.kill(os.getpid(), signal.{signal})
 sys.exit(cli.main(["export", "whole", "--out", "killed"]))
 """
 

@@ -21,7 +21,7 @@ STOREYS: dict[float, list[str]] = {
     0.5: ["catalog", "families", "site", "spec"],
     0.8: ["spacefile"],
     1: ["deltas/*", "grains/*", "tasks/*", "roles", "slices"],
-    2: ["allocate", "budget", "gates", "masks", "metrics", "probe", "processes", "rows",
+    2: ["allocate", "budget", "gates", "landing", "masks", "metrics", "probe", "processes", "rows",
         "scores/*", "source", "space", "study", "sublayers"],
     2.3: ["hosts", "settings"],
     2.5: ["discover", "factors", "inference", "prices", "schema"],
