@@ -6,8 +6,8 @@
 Whatever is written is loaded again, without searchpet's own code, and compared with the run on
 random inputs of several shapes.  Logits may differ by 1e-4 of the largest (1e-4 where that is
 below 1): sums in another order differ by float rounding, about 1e-7 to 1e-6.  PEFT's are equal to
-the last bit where every delta is LoRA with a factor that is a power of two, or IA3.  A folder
-appears whole or not at all.
+the last bit where a module carries one delta and that is a bias or LoRA with a factor that is a
+power of two.  A folder appears whole or not at all.
 """
 
 from __future__ import annotations

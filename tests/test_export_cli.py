@@ -137,7 +137,7 @@ def test_wrong_words(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_mismatch_deletes_the_export(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch,
                                        ) -> None:
     monkeypatch.setattr(sys.modules["searchpet.export"], "effective", lambda *_: 1)
-    wrong(say("whole", "--out", "x"), "1 were found in it; it was deleted")
+    wrong(say("whole", "--out", "x"), "that are not 0, but ", "found in it; it was deleted")
     assert not [p for p in home.iterdir() if p.name == "x" or "partial" in p.name]
 
 
