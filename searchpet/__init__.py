@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from searchpet.discover import discover
     from searchpet.engine import apply, load, merge, search, train
     from searchpet.errors import InputError
+    from searchpet.export import export
     from searchpet.site import Site
     from searchpet.spec import Spec
 
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "apply",
     "discover",
+    "export",
     "load",
     "merge",
     "search",
@@ -35,6 +37,7 @@ _HOME = {
     "Spec": "spec",
     "apply": "engine",
     "discover": "discover",
+    "export": "export",
     "load": "engine",
     "merge": "engine",
     "search": "engine",

@@ -204,17 +204,25 @@ def _in_a_block(model: PreTrainedModel, name: str) -> bool:
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Quiet while transformers reads a folder; what it says of one it cannot use is one line."""
-    level = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()  # no "newly initialized" report: the head is
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with quietly():
+            yield
     except Exception as error:  # a bad folder can raise nearly anything in there
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(
             f"backbone {name!r} must load as a transformers sequence classifier, but: {reason}"
         ) from error
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without transformers' progress bars and its reports, such as of a head that is new."""
+    level = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
     finally:
         transformers_logging.set_verbosity(level)
         if bars:

@@ -36,7 +36,7 @@ def merge(model: nn.Module, keep_zeros: bool = False) -> nn.Module:
     members: dict[str, list[Graft]] = defaultdict(list)
     for graft in grafts.grafts:
         members[graft.at].append(graft)
-    folds = {path: _fold_of(model.get_submodule(path), path, own)
+    folds = {path: fold_of(model.get_submodule(path), path, own)
              for path, own in members.items()}
     for path, fold in folds.items():
         if fold.mask is not None and fold.affine.M is not None and not keep_zeros:
@@ -47,15 +47,15 @@ def merge(model: nn.Module, keep_zeros: bool = False) -> nn.Module:
     del model.searchpet
     with torch.no_grad():
         for path, fold in folds.items():
-            _write(model.get_submodule(path), fold)
+            write(model.get_submodule(path), fold)
     return model
 
 
-_FACTORS = {"input": "before", "output": "after", "weight": "mask"}  # stage -> field of _Fold
+_FACTORS = {"input": "before", "output": "after", "weight": "mask"}  # stage -> field of Fold
 
 
 @dataclass
-class _Fold:
+class Fold:
     """y -> after * (y + M x + g * y + c) with x -> before * x, on a whole module.
 
     before (d_in,), after (d_out,), mask (d_out, d_in) of the weight: factors; None is 1.
@@ -69,14 +69,14 @@ class _Fold:
     weight: Tensor | None = None
 
 
-def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
+def fold_of(module: nn.Module, path: str, members: list[Graft]) -> Fold:
     """What a module's grafts amount to."""
     if isinstance(module, Factored):
         raise InputError(f"an update can be merged into a matrix, but {path} is two factors; load "
                          "the run with remove=False")
-    d_out, d_in = _sizes(module)
-    affines = [_whole(_affine(g), g, d_in, d_out) for g in members if g.delta.neutral == 0]
-    fold = _Fold(_sum(affines))
+    d_out, d_in = sizes(module)
+    affines = [on_module(affine_of(g), g, d_in, d_out) for g in members if g.delta.neutral == 0]
+    fold = Fold(summed(affines))
     for graft in members:
         if graft.delta.neutral == 1 and graft.delta.atoms:
             fold.weight = matrix_of(module)  # as it is masked now
@@ -91,7 +91,7 @@ def _fold_of(module: nn.Module, path: str, members: list[Graft]) -> _Fold:
     return fold
 
 
-def _sizes(module: nn.Module) -> tuple[int, int]:
+def sizes(module: nn.Module) -> tuple[int, int]:
     """(d_out, d_in) of a linear, a transposed one, or a norm."""
     weight = module.weight
     assert isinstance(weight, Tensor)
@@ -101,7 +101,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
     return d_out, d_in
 
 
-def _affine(graft: Graft) -> Affine:
+def affine_of(graft: Graft) -> Affine:
     weight = next(graft.delta.parameters())
     affine = graft.delta.affine(torch.ones(graft.delta.width, device=weight.device))
     if affine is None:
@@ -127,7 +127,7 @@ def _factor(graft: Graft, d_in: int, d_out: int) -> Tensor:
     return factor
 
 
-def _whole(affine: Affine, graft: Graft, d_in: int, d_out: int) -> Affine:
+def on_module(affine: Affine, graft: Graft, d_in: int, d_out: int) -> Affine:
     """The affine map on all features of the module, 0 on those that the delta does not see."""
     if graft.reads is None and graft.writes is None:
         return affine
@@ -144,7 +144,7 @@ def _whole(affine: Affine, graft: Graft, d_in: int, d_out: int) -> Affine:
     return Affine(M, spread(g), spread(c))
 
 
-def _sum(affines: list[Affine]) -> Affine:
+def summed(affines: list[Affine]) -> Affine:
     def add(terms: list[Tensor | None]) -> Tensor | None:
         present = [term.detach() for term in terms if term is not None]
         return torch.stack(present).sum(0) if present else None
@@ -153,7 +153,7 @@ def _sum(affines: list[Affine]) -> Affine:
                   add([a.c for a in affines]))
 
 
-def _write(module: nn.Module, fold: _Fold) -> None:
+def write(module: nn.Module, fold: Fold) -> None:
     weight, bias, affine = module.weight, getattr(module, "bias", None), fold.affine
     assert isinstance(weight, Tensor)
     gain = None if affine.g is None else 1 + affine.g

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,6 +37,35 @@ def random_inputs(model: nn.Module, batch: int, length: int,
     if "decoder_input_ids" in inspect.signature(model.forward).parameters:
         inputs["decoder_input_ids"] = ids
     return inputs
+
+
+SHAPES = ((1, 5), (2, 16), (3, 11))  # rows and length: one alone, several, an odd number
+
+
+def varied(model: nn.Module, generator: torch.Generator, extra: Collection[str] = (),
+           ) -> list[dict[str, Tensor]]:
+    """Random inputs of several shapes, as a tokenizer would give them: the last rows of a batch
+    are padded, and there are `token_type_ids` if `extra` names them.  generator: on the CPU.
+    """
+    config: Any = model.config
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    typed = "token_type_ids" in {*extra} & {*inspect.signature(model.forward).parameters}
+    found = []
+    for count, length in SHAPES:
+        inputs = random_inputs(model, count if pad is not None else 1, length, generator)
+        inputs.pop("decoder_input_ids", None)  # classifiers make them by themselves
+        if "input_ids" in inputs:
+            ids, mask = inputs["input_ids"], inputs["attention_mask"]
+            for row in range(1, len(ids)):
+                end = ids.shape[1] - row
+                ids[row, end - 1] = ids[row, -1]  # what a text ends with
+                ids[row, end:] = 0 if pad is None else pad
+                mask[row, end:] = 0
+            if typed:
+                types = torch.arange(ids.shape[1]) >= ids.shape[1] // 2
+                inputs["token_type_ids"] = types.long().expand_as(ids).clone()
+        found.append(inputs)
+    return found
 
 
 def positions(model: nn.Module) -> int:

@@ -21,15 +21,15 @@ STOREYS: dict[float, list[str]] = {
     0.5: ["catalog", "families", "site", "spec"],
     0.8: ["spacefile"],
     1: ["deltas/*", "grains/*", "tasks/*", "roles", "slices"],
-    2: ["allocate", "budget", "gates", "masks", "metrics", "probe", "processes", "roster", "rows",
-        "scores/*", "source", "space", "sublayers"],
+    2: ["allocate", "budget", "gates", "landing", "masks", "metrics", "probe", "processes",
+        "roster", "rows", "scores/*", "source", "space", "sublayers"],
     2.2: ["study"],
     2.3: ["hosts", "settings"],
     2.5: ["discover", "factors", "inference", "prices", "schema"],
     2.7: ["cuts", "limits"],
     2.8: ["anatomy", "settle"],
-    3: ["adversary", "backbone", "batch", "flops", "grafts", "run", "stats", "task"],
-    3.3: ["calibrate", "linear_probe"],
+    3: ["adversary", "backbone", "batch", "card", "flops", "grafts", "run", "stats", "task"],
+    3.3: ["calibrate", "linear_probe", "onnx_file"],
     3.5: ["removal", "supernet", "train"],
     3.6: ["contrast"],
     3.7: ["importance", "latency", "recovery", "updates"],
@@ -39,7 +39,7 @@ STOREYS: dict[float, list[str]] = {
     4.2: ["sparse"],
     4.3: ["realise"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
-    4.7: ["finished"],
+    4.7: ["finished", "plain", "portable"],
     4.8: ["ask"],
     4.9: ["knobs"],
     4.95: ["tunefile"],
@@ -71,6 +71,7 @@ LIBRARIES = {
     "optuna": {"collect", "question", "roster", "study", "trials", "tune", "worker", "workers"},
     "matplotlib": {"plot", "trials"},
     "peft": {"export"},
+    "onnxruntime": {"onnx_file"},
 }
 # room -> what of this project it may import, at most
 ONLY = {"budget": {"errors"}, "gates": {"errors"}}
