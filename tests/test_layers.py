@@ -38,6 +38,7 @@ STOREYS: dict[float, list[str]] = {
     4.2: ["sparse"],
     4.3: ["realise"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
+    4.6: ["outline", "trace"],
     4.7: ["finished"],
     4.8: ["ask"],
     4.9: ["knobs"],
@@ -48,7 +49,7 @@ STOREYS: dict[float, list[str]] = {
     5.3: ["propose", "teach", "verify"],
     5.4: ["once"],
     5.5: ["engine"],
-    6: ["export", "gridfile", "ledger", "plan", "plot", "question", "survey", "transfer"],
+    6: ["export", "gridfile", "ledger", "plan", "question", "survey", "transfer"],
     6.1: ["worker"],
     6.2: ["collect", "workers"],
     6.3: ["gridcells", "tune"],
@@ -68,7 +69,7 @@ LIBRARIES = {
     "huggingface_hub": {"source", "task"},
     "datasets": {"task"},
     "optuna": {"collect", "question", "study", "trials", "tune", "worker", "workers"},
-    "matplotlib": {"plot", "trials"},
+    "matplotlib": {"canvas", "trials"},
     "peft": {"export"},
 }
 # room -> what of this project it may import, at most
