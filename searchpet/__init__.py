@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from searchpet.discover import discover
-    from searchpet.engine import apply, load, merge, search, train
+    from searchpet.engine import apply, load, merge
     from searchpet.errors import InputError
+    from searchpet.jobs import search, train
     from searchpet.site import Site
     from searchpet.spec import Spec
 
@@ -37,8 +38,8 @@ _HOME = {
     "discover": "discover",
     "load": "engine",
     "merge": "engine",
-    "search": "engine",
-    "train": "engine",
+    "search": "jobs",
+    "train": "jobs",
 }
 
 

@@ -41,7 +41,7 @@ def search(
         found = dataclasses.asdict(plan(**given))
         answer(found, json_, lambda views: [views.ahead(found)], found["warnings"])
         return
-    from searchpet.engine import search as run
+    from searchpet.jobs import search as run
 
     with reporter(quiet) as teller:
         result = run(**given, distill=distill, recovery=o.values(recovery), inherit=inherit,
@@ -65,7 +65,7 @@ def train(
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
     """Train a spec, or a reference, on a task."""
-    from searchpet.engine import train as run
+    from searchpet.jobs import train as run
 
     if full and head_only:
         raise InputError("train takes a spec, --full or --head-only: exactly one of them")
