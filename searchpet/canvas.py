@@ -30,7 +30,8 @@ PURPLE, SKY, BLACK = "#CC79A7", "#56B4E9", "#000000"
 GREY, PALE, MIDDLE = "#595959", "#EFEFEF", "#A8A8A8"
 DULL = "#8A8A8A"  # for their yellow, which thin lines on white paper lose
 CYCLE = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, BLACK, DULL)
-HATCHES = ("", "////", "....", "xxxx", "----", "\\\\\\\\", "++++", "oooo")
+# lines alone: the dots of a hatch are half a megabyte in an SVG
+HATCHES = ("", "////", "|||", "xxxx", "----", "\\\\\\\\", "++++", "//")
 DASHES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 KINDS = ("lora", "bias", "scale", "adapter", "lowrank_adapter", "matrix")  # have a colour each
@@ -42,7 +43,7 @@ STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
     "axes.labelsize": 10, "legend.fontsize": 9, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": False,
-    "hatch.linewidth": 0.6, "hatch.color": "white", "lines.linewidth": 1.8,
+    "hatch.linewidth": 0.9, "hatch.color": "white", "lines.linewidth": 1.8,
     "legend.frameon": False, "grid.alpha": 0.35, "grid.color": "#B0B0B0",
     "text.parse_math": False,  # names of tasks and roles are no formulas
     "svg.hashsalt": "searchpet", "axes.formatter.useoffset": False}

@@ -62,7 +62,7 @@ def budget(results: Sequence[Scored], metric: str = "score") -> Figure:
             axes.plot([points[at][0]], [points[at][1]], marker="o", markersize=14,
                       fillstyle="none", color=color, linestyle="none", gid="knee")
     logarithmic(axes, "x")
-    axes.set(xlabel="trainable parameters", ylabel=short(metric))
+    axes.set(xlabel="trainable parameters", ylabel=short(metric, 44))
     axes.grid(alpha=0.3)
     axes.margins(0.1)
     figure.legend(loc="outside lower center", ncols=min(3, len(methods)))
@@ -114,11 +114,13 @@ def cost(results: Sequence[Scored], metric: str = "score") -> Figure:
     if best is not None and len(names) > 1:
         axes.axhline(best, color=MIDDLE, linestyle=":", linewidth=1, zorder=1)
     costs = [r.parameters for r in results]
-    logarithmic(axes, "x")
-    if max(costs) < 5 * min(costs):  # the log axis would name no number
-        axes.set_xlim(min(costs) / 3, max(costs) * 3)
-    axes.set(xlabel="trainable parameters", ylabel=short(metric))
-    axes.margins(x=0.15, y=0.15)
+    if max(costs) > 20 * min(costs):
+        logarithmic(axes, "x")
+    else:
+        axes.set_xlim(0, 1.25 * max(costs))
+        thousands(axes, "x")
+    axes.set(xlabel="trainable parameters", ylabel=short(metric, 44))
+    axes.margins(y=0.15)
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=min(3, len(names)))
     return figure

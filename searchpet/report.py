@@ -32,7 +32,7 @@ from searchpet.views import duration, figure, kept, share, size
 P = ParamSpec("P")
 FILE = "report.html"
 DOTS = 96  # of CSS per inch
-SMALL = 0.72  # of a figure's own size: the least that it is shown at
+SMALL = 0.6  # of a figure's own size: the least that it is shown at
 FILES = {
     "spec.json": "the structure", "delta.safetensors": "the trained numbers",
     "masks.safetensors": "masks of single weights", "result.json": "the figures of this page",
@@ -119,7 +119,7 @@ def answer(values: Mapping[str, Any]) -> list[str]:
                     "you build on them.")
     elif v["strategy"] not in ("full", "head"):
         said.append("It was trained without controls, so this page cannot say whether another "
-                    "structure of its size would do as well; `searchpet search` trains some.")
+                    "structure of its size would do as well; searchpet search trains some.")
     if full is not None and v["strategy"] != "full":
         said.append(f"Full fine-tuning of all {v['backbone']:,} parameters reaches {full:.4f} "
                     f"here: {100 * (v['score'] - full):+.2f} points from there.")
