@@ -86,14 +86,15 @@ class Trace:
         names = [_name(place, space) for place in space.placements]
         order = list(dict.fromkeys(names))
         numbers = torch.tensor([order.index(name) for name in names])
-        self.member = numbers[space.owner]  # (units,), the group of each unit
-        self.sizes = torch.bincount(self.member, minlength=len(order))
-        cost = torch.zeros(len(order), dtype=torch.int64).index_add_(0, self.member, space.cost)
+        member = numbers[space.owner]  # (units,), the group of each unit
+        # a unit that lies in several groups, a whole layer say, counts to its first
+        there = [i for i in range(len(order)) if bool((member == i).any())]
+        self.units = [(member == i).nonzero().squeeze(-1) for i in there]
+        self.samples = [_spread(own) for own in self.units]
         self.groups = [
-            Group(name=name[0], masks=name[1], units=int(n), parameters=int(c))
-            for name, n, c in zip(order, self.sizes, cost, strict=True) if n]
-        self.samples = [_spread((self.member == i).nonzero().squeeze(-1))
-                        for i in range(len(order)) if self.sizes[i]]
+            Group(name=order[i][0], masks=order[i][1], units=len(own),
+                  parameters=int(space.cost[own].sum()))
+            for i, own in zip(there, self.units, strict=True)]
         self.points: dict[int, Point] | None = None
 
     def __call__(self, step: int, p: Tensor, price: Tensor, figures: dict[str, Tensor]) -> None:
@@ -116,14 +117,10 @@ class Trace:
 
     def _groups(self, p: Tensor, price: Tensor) -> list[Any]:
         p, price = p.double().cpu(), price.double().cpu()
-        held = torch.zeros(len(self.sizes), dtype=torch.float64)
-        held = held.index_add_(0, self.member, p * price)
-        most = torch.zeros_like(held).index_reduce_(0, self.member, p, "amax")
-        levels = torch.tensor(QUANTILES, dtype=torch.float64)
-        there = self.sizes.nonzero().squeeze(-1)
-        return [[_short(v) for v in (float(held[i]), *p[own].quantile(levels).tolist(),
-                                     float(most[i]))]
-                for i, own in zip(there.tolist(), self.samples, strict=True)]
+        held, levels = p * price, torch.tensor(QUANTILES, dtype=torch.float64)
+        return [[_short(v) for v in (float(held[own].sum()), *p[some].quantile(levels).tolist(),
+                                     float(p[own].max()))]
+                for own, some in zip(self.units, self.samples, strict=True)]
 
 
 def _name(place: Placement, space: Space) -> tuple[str, bool]:
