@@ -93,7 +93,7 @@ class Board:
                     empty.append((x, y - size / 2, wide, (1 - kept) * size))
                     if numbers:
                         self.axes.text(layer, y, f"{100 * kept:.0f}", ha="center", va="center",
-                                       fontsize=7, gid="share")
+                                       fontsize=7, gid=f"share-{number}-{layer}")
         boxes(self.axes, [b for b in full if b[3] > 0], KEPT, name="kept")
         boxes(self.axes, [b for b in empty if b[3] > 0], "white", "" if numbers else GONE,
               name="removed", line=MIDDLE)

@@ -60,7 +60,7 @@ def budget(results: Sequence[Scored], metric: str = "score") -> Figure:
                       capsize=3, markersize=5.5, label=short(name) + told)
         if at is not None:
             axes.plot([points[at][0]], [points[at][1]], marker="o", markersize=14,
-                      fillstyle="none", color=color, linestyle="none", gid="knee")
+                      fillstyle="none", color=color, linestyle="none", gid=f"knee-{number}")
     logarithmic(axes, "x")
     axes.set(xlabel="trainable parameters", ylabel=short(metric, 44))
     axes.grid(alpha=0.3)
@@ -154,7 +154,7 @@ def transfer(rows: Sequence[Mapping[str, Any]], metric: str = "score") -> Figure
         for c, target in enumerate(targets):
             _score(axes, pairs.get((source, target), []), c, r, (low or 0.0, high or 1.0))
             if source == target:
-                axes.add_patch(frame(c, r, 0.92, "white", "own"))
+                axes.add_patch(frame(c, r, 0.92, "white", f"own-{r}"))
     axes.set_xticks(range(len(targets)), [short(t, 18) for t in targets], rotation=30, ha="right",
                     rotation_mode="anchor")
     axes.set_yticks(range(len(sources)), [short(s, 24) for s in sources])
@@ -176,7 +176,7 @@ def _score(axes: Axes, scores: Sequence[float], x: float, y: float,
     place = (mean - limits[0]) / max(1e-12, limits[1] - limits[0])
     spread = f"\n±{statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
     axes.text(x, y, f"{mean:.3f}{spread}", ha="center", va="center", fontsize=9,
-              color="white" if place < 0.55 else BLACK, gid="score")
+              color="white" if place < 0.55 else BLACK, gid=f"score-{y:g}-{x:g}")
 
 
 @drawn

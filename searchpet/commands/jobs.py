@@ -45,8 +45,9 @@ def search(
     from searchpet.report import reported
 
     with reporter(quiet) as teller:
-        result = reported(run)(**given, distill=distill, recovery=o.values(recovery), inherit=inherit,
-                     test=test, out=out, resume=resume, listener=teller)
+        result = reported(run)(**given, distill=distill, recovery=o.values(recovery),
+                               inherit=inherit, test=test, out=out, resume=resume,
+                               listener=teller)
     finish(result, json_)
 
 
@@ -75,8 +76,8 @@ def train(
     settings = {**o.origin(spec), **o.settings(ctx)} if spec else o.settings(ctx)
     with reporter(quiet) as teller:
         result = reported(run)(spec, reference=reference, sweep=sweep, distill=distill,
-                     recovery=o.values(recovery), test=test, out=out, resume=resume,
-                     listener=teller, **settings)
+                               recovery=o.values(recovery), test=test, out=out, resume=resume,
+                               listener=teller, **settings)
     finish(result, json_)
 
 
