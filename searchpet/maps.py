@@ -181,14 +181,14 @@ def parameters(spec: Spec | Outline) -> Figure:
     right.set_xlim(0, 1.2 * max([1, *behind.values()]))
     right.set_xlabel(one.unit)
     right.locator_params(axis="x", nbins=5)
+    thousands(left, "y")
+    thousands(right, "x")
     for number, row in enumerate(rows):
         share = f"  {behind[row] / max(1, one.total):.0%}" if behind[row] else ""
         right.text(behind[row], number, share, va="center", fontsize=8, color=GREY)
     left.grid(axis="y")
     left.set_axisbelow(True)
     headline(figure, f"{one.total:,} {one.unit}, spec {one.title}")
-    thousands(left, "y")
-    thousands(right, "x")
     legend(figure, [swatch(*colors[kind], kind) for kind in one.kinds])
     return figure
 
@@ -205,7 +205,7 @@ def frequency(specs: Sequence[Spec | Outline]) -> Figure:
     if len(found) < 2:
         raise InputError(f"a selection frequency needs two specs or more, but got {len(found)}; "
                          "search again with --seed 1 and give both")
-    wide = width(len(columns(found)))
+    wide, ks = width(len(columns(found))), range(1, len(found) + 1)
     figure, (axes, bars) = sheet(wide + SIDE + 3.2, max(3.6, height(found) + 1.3), 1, 2,
                                  width_ratios=[wide + SIDE, 3.2])
     board = Board(axes, [Outline(o.title, o.rows, o.layers, o.places, (), o.exact) for o in found],
@@ -227,7 +227,6 @@ def frequency(specs: Sequence[Spec | Outline]) -> Figure:
     headline(figure, f"{len(found)} structures; two of them share "
                      f"{sum(overlap) / len(overlap):.0%} of what they keep")
     times = Counter(counts.values())
-    ks = range(1, len(found) + 1)
     drawn_bars = bars.bar(ks, [times[k] for k in ks], color=BLUE, width=0.7)
     bars.bar_label(drawn_bars, [f"{times[k]:,}" for k in ks], fontsize=8, padding=2)
     bars.set(xlabel=f"kept by k of {len(found)}", ylabel="coordinates")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from searchpet import cli, report
-from tests.commands import workplace, write_task
+from tests.commands import workplace
 
 pytestmark = pytest.mark.slow
 WRITE = report.write
@@ -44,7 +44,6 @@ def page_file(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> It
     folder = tmp_path_factory.mktemp("browser")
     with workplace(folder, tiny_folder) as patch:
         patch.setattr(report, "write", WRITE)
-        write_task(folder / "films")
         patch.setattr(sys, "argv", ["searchpet", *JOB])
         assert cli.main(JOB) == 0
         yield folder / "run" / "report.html"
