@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from searchpet.discover import discover
-    from searchpet.engine import apply, load, merge, search, train
+    from searchpet.engine import apply, load, merge
     from searchpet.errors import InputError
     from searchpet.export import export
+    from searchpet.jobs import search, train
     from searchpet.site import Site
     from searchpet.spec import Spec
 
@@ -40,8 +41,8 @@ _HOME = {
     "export": "export",
     "load": "engine",
     "merge": "engine",
-    "search": "engine",
-    "train": "engine",
+    "search": "jobs",
+    "train": "jobs",
 }
 
 

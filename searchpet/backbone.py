@@ -27,7 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from searchpet.errors import InputError
-from searchpet.source import DEFAULT, Source, locate
+from searchpet.source import DEFAULT, Source, locate, nearby
 
 __all__ = [
     "DEFAULT",
@@ -36,6 +36,7 @@ __all__ = [
     "config_hash",
     "load_backbone",
     "load_tokenizer",
+    "skeleton",
 ]
 
 # Keys of a config that depend on the task, the run or the library, not on the architecture.
@@ -109,6 +110,25 @@ def load_backbone(
     count = sum(p.numel() for n, p in model.named_parameters() if n not in head)
     identity = Identity(source.name, source.revision, architecture, count)
     return Backbone(model, tokenizer, identity, head)
+
+
+def skeleton(name: str, architecture: str) -> nn.Module | None:
+    """The classifier called `name` without weights, on the device `meta`.
+
+    None where its config is not on this machine, or not of that architecture (`config_hash`).
+    """
+    try:
+        with _loading(name):
+            config = AutoConfig.from_pretrained(
+                nearby(name), local_files_only=True, trust_remote_code=False)
+            if (type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+                    or config_hash(config) != architecture):
+                return None
+            with torch.device("meta"):
+                model: nn.Module = AutoModelForSequenceClassification.from_config(config)
+    except InputError:  # a figure without it is poorer, not wrong
+        return None
+    return model
 
 
 def load_tokenizer(name: str, *, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import typer
 
 from searchpet import launch
-from searchpet.commands import choices, export, jobs, runs, tune
+from searchpet.commands import choices, export, figures, jobs, runs, tune
 from searchpet.failures import continuation, explain
 
 WRONG = 2  # exit code of wrong input
@@ -32,7 +32,7 @@ app = typer.Typer(
 
 for command in (jobs.search, jobs.train, runs.evaluate, runs.predict, runs.show, runs.verify,
                 runs.compare, choices.sites, choices.space, choices.list_, jobs.grid, tune.tune,
-                tune.trials, export.export):
+                tune.trials, figures.plot, figures.report, export.export):
     app.command(command.__name__.rstrip("_"))(command)
 
 

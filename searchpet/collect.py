@@ -24,7 +24,7 @@ from searchpet.study import storage_of
 from searchpet.worker import REUSED, RUN
 
 FILES = ("spec.json", "delta.safetensors", "masks.safetensors", "training.json", "log.jsonl",
-         "space.toml")
+         "space.toml", "probabilities.json")
 STORE = "artifacts"  # study attribute: where the files are; and their folder's name
 S3 = "s3://"
 

@@ -62,5 +62,6 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "validation_score": outcome.score, "start_score": outcome.start,
         "trainable": outcome.trainable, "head": outcome.head,
         "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
+        "history": outcome.history,
         "removed": outcome.removed, "tensors": outcome.tensors,
     }

@@ -31,6 +31,7 @@ from searchpet.sparse import Sparse
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem, descend
 from searchpet.supernet import Supernet
+from searchpet.trace import Trace
 
 SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
 
@@ -170,11 +171,14 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
 
     generator = torch.Generator().manual_seed(seed)
     loss = session.loss(model)
-    return Problem(
+    problem = Problem(
         net=net, space=net.space, limit=limit, keep=keep, train=session.batches(first, seed),
         valid=session.batches(second, seed + 1), loss=loss,
         importance=lambda name, batches: importance(name, net, batches, loss, generator),
         rates=rates, room=room, steps=session.settings.steps, loop=loop, generator=generator)
+    if folder is not None:
+        problem.watch = Trace(folder, net.space, limit, problem.steps)
+    return problem
 
 
 def _rates(session: Session, net: Supernet, limits: Limits, data: Encodings, seed: int,

@@ -53,6 +53,7 @@ class Outcome:
     removed: whether what the spec prunes was really taken out; False if masked or nothing.
     tensors: sha256 of delta.safetensors, where one was written.
     start: the validation score that training began with.
+    history: (step, validation score) of each evaluation, the first before any step.
     """
 
     score: float
@@ -66,6 +67,7 @@ class Outcome:
     removed: bool = False
     tensors: str | None = None
     start: float | None = None
+    history: tuple[tuple[int, float], ...] = ()
 
 
 class Session:
@@ -241,7 +243,7 @@ class Session:
         return Outcome(
             result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
             self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed,
-            written, result.history[0][1])
+            written, result.history[0][1], tuple(result.history))
 
     def sweep(self, method: Spec | str, folder: RunFolder | None, seed: int,
               ) -> list[tuple[float, float]]:

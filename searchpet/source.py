@@ -60,6 +60,14 @@ def locate(name: str, revision: str | None = None) -> Source:
     return _from_hub(name, revision)
 
 
+def nearby(name: str) -> str:
+    """What transformers finds the config of `name` by, without the network: a folder, or a name
+    in the hub's cache.
+    """
+    packaged = _packaged() if name == DEFAULT else None
+    return str(packaged or Path(name).expanduser())
+
+
 def _packaged() -> Path | None:
     """The folder of the offline copy of DEFAULT, found without importing its package."""
     spec = importlib.util.find_spec(PACKAGE)

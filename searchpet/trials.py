@@ -12,14 +12,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import matplotlib
 import optuna
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+from searchpet import charts
+from searchpet.canvas import Figure, picture
 from searchpet.collect import front
 from searchpet.errors import InputError
+from searchpet.page import render
 from searchpet.question import Question, question_of
 from searchpet.roster import FAILURE, root, standing, trials_of
 from searchpet.run import RunFolder
@@ -104,32 +106,26 @@ def figures(study: Study, question: Question) -> dict[str, bytes]:
     if question.prunes:
         plots["rungs"] = lambda: drawn.plot_intermediate_values(study)
     if several and done:
-        plots |= {"front": lambda: _front(study, question),
+        plots |= {"front": lambda: charts.front(*points(study, question)),
                   "hypervolume": lambda: _hypervolume(
                       study, _reference(done, question), question)}
     return {name: _png(plot) for name, plot in plots.items()} if done else {}
 
 
-def _front(study: Study, question: Question) -> Any:
-    """The score over each other metric; of more than two, the front is that of all together."""
-    import matplotlib.pyplot as plt
+def points(study: Study, question: Question,
+           ) -> tuple[list[dict[str, float]], list[bool], dict[str, str]]:
+    """The finished trials for `charts.front`: values by metric, which lead, names of the axes.
 
-    others = [name for name in question.metrics if name != "score"]
-    place = question.metrics.index("score")
+    Raises InputError for a study of one metric, or without a finished trial.
+    """
+    if len(question.metrics) < 2:
+        raise InputError("a Pareto front needs two metrics, but the study is judged by the score "
+                         "alone; tune with --metric score,flops")
     best = {t.number for t in front(study, question)}
     done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
-    _, row = plt.subplots(1, len(others), sharey=True, squeeze=False)
-    for axes, name in zip(row[0], others, strict=True):
-        i = question.metrics.index(name)
-        for label, color, chosen in (("other trials", "0.7", False), ("on the front", "C0", True)):
-            shown = [t for t in done if (t.number in best) == chosen]
-            axes.scatter([t.values[i] for t in shown], [t.values[place] for t in shown],
-                         color=color, label=label)
-        axes.set_xlabel(UNITS.get(name, name))
-        axes.grid(alpha=0.3)
-    row[0][0].set_ylabel("score")
-    row[0][0].legend()
-    return row[0][0]
+    names = {name: UNITS.get(name, name) for name in question.metrics}
+    return ([dict(zip(question.metrics, t.values, strict=True)) for t in done],
+            [t.number in best for t in done], names)
 
 
 def _hypervolume(study: Study, reference: list[float], question: Question) -> Any:
@@ -154,42 +150,14 @@ def _png(plot: Callable[[], Any]) -> bytes:
     with warnings.catch_warnings(), plt.style.context("default"):
         warnings.simplefilter("ignore")
         axes = plot()
+        if isinstance(axes, Figure):  # one of our own
+            return picture(axes, "png")
         figure = axes.figure if hasattr(axes, "figure") else axes[0].figure
         figure.set_size_inches(*SIZE)
         buffer = io.BytesIO()
         figure.savefig(buffer, dpi=DOTS, bbox_inches="tight")
         plt.close(figure)
     return buffer.getvalue()
-
-
-PAGE = jinja2.Environment(autoescape=True).from_string("""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ s.study }}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem }
-img { max-width: 100%; height: auto } .wide { overflow-x: auto }
-table { border-collapse: collapse; font-size: .85rem } td, th { padding: .2rem .6rem;
-text-align: right; border-bottom: 1px solid #ddd }
-td:last-child, th:last-child { text-align: left }
-tr.best { background: #e8f2fb }
-</style></head><body>
-<h1>{{ s.study }}</h1>
-<p>{{ s.complete }} complete, {{ s.pruned }} pruned, {{ s.failed }} failed of {{ s.wanted }}
-trials; judged by {{ s.metrics | join(", ") }}.</p>
-{% for name, png in figures.items() %}<h2>{{ name }}</h2>
-<img alt="{{ name }}" src="data:image/png;base64,{{ png }}">{% endfor %}
-<h2>trials</h2><div class="wide"><table><tr><th>trial</th><th>state</th>
-{% for m in s.metrics %}<th>{{ m }}</th>{% endfor %}
-<th>steps</th><th>seconds</th><th>knobs</th></tr>
-{% for t in s.trials %}<tr{% if t.number in s.front %} class="best"{% endif %}>
-<td>{{ t.number }}</td><td>{{ t.state }}</td>
-{% for m in s.metrics %}<td>{{ "%.4g" | format(t[m]) if t[m] is defined else "" }}</td>{% endfor %}
-<td>{{ t.steps or "" }}</td><td>{{ t.seconds or "" }}</td>
-<td>{% if t.failure %}{{ t.failure }}{% else %}{% for k, v in t.params.items() %}{{ k }}={{
-"%.3g" | format(v) if v is float else v }} {% endfor %}{% endif %}
-{% if t.reused is not none %}(as trial {{ t.reused }}){% endif %}</td></tr>{% endfor %}
-</table></div></body></html>
-""")
 
 
 def write(study: Study, question: Question, out: str | Path) -> list[Path]:
@@ -200,5 +168,6 @@ def write(study: Study, question: Question, out: str | Path) -> list[Path]:
     for name, png in drawn.items():
         (folder.path / f"{name}.png").write_bytes(png)
     images = {name: base64.b64encode(png).decode() for name, png in drawn.items()}
-    folder.write_text("study.html", PAGE.render(s=summary(study, question), figures=images))
+    folder.write_text("study.html", render(
+        "study.html", s=summary(study, question), figures=images))
     return [folder.path / f"{name}.png" for name in drawn] + [folder.path / "study.html"]

@@ -87,7 +87,7 @@ def finished(values: Mapping[str, Any], path: Path) -> Iterable[Any]:
 def saved(path: Path) -> Table:
     """What lies where in a run folder."""
     known = {"spec.json": "the structure", "delta.safetensors": "the trained tensors",
-             "result.json": "these figures"}
+             "result.json": "these figures", "report.html": "a page about the run"}
     rows = [[what, str(path / name), size((path / name).stat().st_size)]
             for name, what in known.items() if (path / name).is_file()]
     if (path / "controls").is_dir():

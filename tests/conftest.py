@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -60,3 +61,11 @@ def tiny_folder(
         BertModel(config).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _no_pages() -> Iterator[None]:
+    """Runs leave no page: each would draw for seconds, and pages have tests of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("searchpet.report.write", lambda run: None)
+        yield

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "searchpet"
 # Storey -> rooms.  A fraction is a landing: its rooms stand on others of the same storey.
 # `package/*` is every member of a package: what the catalog finds never needs an entry here.
 STOREYS: dict[float, list[str]] = {
-    0: ["errors"],
+    0: ["errors", "page"],
     0.5: ["catalog", "families", "site", "spec"],
     0.8: ["spacefile"],
     1: ["deltas/*", "grains/*", "tasks/*", "roles", "slices"],
@@ -39,6 +39,7 @@ STOREYS: dict[float, list[str]] = {
     4.2: ["sparse"],
     4.3: ["realise"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
+    4.6: ["outline", "trace"],
     4.7: ["finished", "plain", "portable"],
     4.8: ["ask"],
     4.9: ["knobs"],
@@ -49,12 +50,19 @@ STOREYS: dict[float, list[str]] = {
     5.3: ["propose", "teach", "verify"],
     5.4: ["once"],
     5.5: ["engine"],
-    6: ["export", "gridfile", "ledger", "plan", "plot", "question", "survey", "transfer"],
+    5.6: ["canvas"],
+    5.7: ["board", "charts", "curves"],
+    5.8: ["maps"],
+    6: ["export", "gridfile", "ledger", "plan", "question", "recall", "survey",
+        "transfer"],
     6.1: ["worker"],
     6.2: ["collect", "workers"],
     6.3: ["gridcells", "tune"],
     6.5: ["grid", "trials"],
-    7: ["failures", "options", "report", "views"],
+    6.6: ["plot"],
+    7: ["failures", "options", "views"],
+    7.2: ["report"],
+    7.3: ["jobs"],
     7.5: ["progress"],
     8: ["commands/*"],
     8.2: ["cli"],
@@ -69,7 +77,7 @@ LIBRARIES = {
     "huggingface_hub": {"source", "task"},
     "datasets": {"task"},
     "optuna": {"collect", "question", "roster", "study", "trials", "tune", "worker", "workers"},
-    "matplotlib": {"plot", "trials"},
+    "matplotlib": {"canvas", "trials"},
     "peft": {"export"},
     "onnxruntime": {"onnx_file"},
 }

@@ -42,10 +42,12 @@ def search(
         answer(found, json_, lambda views: [views.ahead(found)], found["warnings"])
         return
     from searchpet.engine import search as run
+    from searchpet.report import reported
 
     with reporter(quiet) as teller:
-        result = run(**given, distill=distill, recovery=o.values(recovery), inherit=inherit,
-                     test=test, out=out, resume=resume, listener=teller)
+        result = reported(run)(**given, distill=distill, recovery=o.values(recovery),
+                               inherit=inherit, test=test, out=out, resume=resume,
+                               listener=teller)
     finish(result, json_)
 
 
@@ -66,15 +68,16 @@ def train(
 ) -> None:
     """Train a spec, or a reference, on a task."""
     from searchpet.engine import train as run
+    from searchpet.report import reported
 
     if full and head_only:
         raise InputError("train takes a spec, --full or --head-only: exactly one of them")
     reference = "full" if full else "head" if head_only else None
     settings = {**o.origin(spec), **o.settings(ctx)} if spec else o.settings(ctx)
     with reporter(quiet) as teller:
-        result = run(spec, reference=reference, sweep=sweep, distill=distill,
-                     recovery=o.values(recovery), test=test, out=out, resume=resume,
-                     listener=teller, **settings)
+        result = reported(run)(spec, reference=reference, sweep=sweep, distill=distill,
+                               recovery=o.values(recovery), test=test, out=out, resume=resume,
+                               listener=teller, **settings)
     finish(result, json_)
 
 

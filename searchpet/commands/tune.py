@@ -70,6 +70,7 @@ def tune(
 ) -> None:
     """Turn the knobs of the search for many trials, keep the best."""
     from searchpet import tune as outer
+    from searchpet.report import reported
 
     if worker + collect + bool(serve) > 1:
         raise InputError("--worker, --collect and --serve are three things: give one of them")
@@ -84,10 +85,10 @@ def tune(
                        listener=teller)
             return
         if collect and storage:
-            result = outer.collect(storage, study, out=out, data=data, device=device,
+            result = reported(outer.collect)(storage, study, out=out, data=data, device=device,
                                    artifacts=artifacts, test=test, listener=teller)
         else:
-            result = outer.tune(
+            result = reported(outer.tune)(
                 trials=trials, timeout=timeout, study=study, storage=storage, jobs=jobs,
                 metric=metric, knobs=knobs,
                 limit=o.values(limit, "--limit", "METRIC=MOST", "flops=1e9"),

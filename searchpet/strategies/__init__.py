@@ -16,6 +16,7 @@ from torch import Tensor
 
 from searchpet import processes
 from searchpet.errors import InputError
+from searchpet.gates import decided, entropy
 from searchpet.limits import Keep, Limits
 from searchpet.space import Space
 from searchpet.supernet import Supernet
@@ -63,6 +64,10 @@ class Loop(Protocol):
     def report(self, **figures: float | Tensor) -> None: ...
 
 
+def _unwatched(step: int, p: Tensor, price: Tensor, figures: dict[str, Tensor]) -> None:
+    """Keeps no record."""
+
+
 def _unmeasured(name: str, batches: Sequence[Batch]) -> Tensor:
     raise RuntimeError(f"a problem must be given `importance` to score units by {name}")
 
@@ -86,6 +91,7 @@ class Problem:
         processes runs the whole batch, while `spread` has it share the rows.
     rates:     learning rate of each kind, and of `head`; `drawn`, the relative one of parameters
         that are not zero at init.
+    watch:     (step, p, price, figures) keeps a record of the gates; `gauge` calls it.
     room:      factor on the rates at which a step with all units open changes no more than it may.
     steps:     how many steps a learning strategy should take.
     loop:      loop(steps, **state) -> Loop; state are tensors, modules and optimizers.  A further
@@ -109,6 +115,7 @@ class Problem:
     settle_weights: SettleWeights | None = None
     settle_pet: Settle | None = None
     room: float = 1.0
+    watch: Callable[[int, Tensor, Tensor, dict[str, Tensor]], None] = _unwatched
 
     def __post_init__(self) -> None:
         """Several processes take the scores of units from the first, to the last digit."""
@@ -130,6 +137,17 @@ class Problem:
         if processes.size() == 1:
             return self.loss(batch)
         return processes.mean_loss(self.loss, batch, [self.net.z, *self.net.trained])
+
+    def gauge(self, step: int, p: Tensor, price: Tensor) -> dict[str, Tensor]:
+        """What a step's gates come to, for `Loop.report`; the run's record is told as well.
+
+        p, price (units,) -> expected and decided parameters, mean entropy in bits.
+        """
+        p = p.detach()
+        figures = {"expected": (p * price).sum(), "hard": decided(p, price),
+                   "entropy": entropy(p)}
+        self.watch(step, p, price, figures)
+        return figures
 
     @property
     def crowd(self) -> float:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import torch
 
 from searchpet.allocate import SCHEDULES
-from searchpet.gates import decided, entropy
 from searchpet.settle import compare
 from searchpet.strategies import Problem, Ranking, law
 
@@ -62,8 +61,6 @@ def search(
             weight.grad = gradient
         learn.step()
         salience.lerp_((slope * net.z).abs().double(), 1 - smooth)
-        price = limits.price(keep)
-        loop.report(loss=loss.detach(), expected=(keep * price).sum(), hard=decided(keep, price),
-                    entropy=entropy(keep))
+        loop.report(loss=loss.detach(), **problem.gauge(step, keep, limits.price(keep)))
     score = compare(limits, salience.cpu(), "per_cost")
     return Ranking(score, limits.fill(score, density=True))

@@ -25,7 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from searchpet.gates import concrete, decided, entropy, straight_through
+from searchpet.gates import concrete, straight_through
 from searchpet.settle import compare
 from searchpet.strategies import Phases, Problem, Ranking, descend, law
 
@@ -87,9 +87,7 @@ def search(
                 alpha.copy_(torch.where(prunes, before.lerp(alpha, pace), alpha))
                 net.z = gates(limits.shift(alpha, ease=phases.ease(step)), step)
         loss = descend(problem, learn, problem.train[step])
-        price = limits.price(p.detach())
-        loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
-                    entropy=entropy(p))
+        loop.report(loss=loss, **problem.gauge(step, p, limits.price(p.detach())))
     score = limits.shift(alpha.detach()).cpu()
     return Ranking(score, limits.fill(score, density=True))
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from searchpet.adversary import adversarial, check, tables
 from searchpet.errors import InputError
-from searchpet.gates import concrete, decided, entropy, hard_concrete, location
+from searchpet.gates import concrete, hard_concrete, location
 from searchpet.processes import average
 from searchpet.strategies import Phases, Problem, Ranking, descend, law
 
@@ -107,6 +107,4 @@ def _learn(problem: Problem, alpha: Tensor, choose: torch.optim.Optimizer, phase
             if not warm:
                 net.z = gates(p, step)
         loss = descend(problem, learn, problem.train[step])
-        price = limits.price(p)
-        loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
-                    entropy=entropy(p), **figures)
+        loop.report(loss=loss, **problem.gauge(step, p, limits.price(p)), **figures)

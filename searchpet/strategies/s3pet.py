@@ -23,7 +23,7 @@ from torch import Tensor
 from searchpet.budget import fill, shift
 from searchpet.calibrate import DRAWN
 from searchpet.errors import InputError
-from searchpet.gates import concrete, decided, entropy
+from searchpet.gates import concrete
 from searchpet.strategies import Problem, Ranking, descend, law
 
 
@@ -82,8 +82,7 @@ def search(
             net.z = gate()
         loss = descend(problem, learn, train)
         p = shift(alpha.detach(), price, problem.limit)
-        loop.report(loss=loss, expected=(p * price).sum(), hard=decided(p, price),
-                    entropy=entropy(p))
+        loop.report(loss=loss, **problem.gauge(step, p, price))
     score = shift(alpha.detach(), price, problem.limit).cpu()
     return Ranking(score, fill(score, space.cost, problem.limit))
 

@@ -1,0 +1,210 @@
+"""Charts: figures of scores, over budgets, costs, tasks and trials."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from searchpet.canvas import (
+    BLACK,
+    BLUE,
+    CYCLE,
+    DASHES,
+    GREY,
+    MARKERS,
+    MIDDLE,
+    Axes,
+    Figure,
+    drawn,
+    frame,
+    logarithmic,
+    sheet,
+    short,
+    thousands,
+)
+from searchpet.errors import InputError
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A trained structure: which method found it, what it costs, and what it reached."""
+
+    name: str
+    parameters: int
+    score: float
+    found: bool = True  # False: a control or a reference
+
+
+@drawn
+def budget(results: Sequence[Scored], metric: str = "score") -> Figure:
+    """Score over budget, a line for each method, with the knee of each line of three or more.
+
+    Points are means over what has the same method and parameters, bars their spread (sample
+    standard deviation).  Raises InputError for fewer than two budgets.
+    """
+    methods = list(dict.fromkeys(one.name for one in results))
+    curves = {name: _means([r for r in results if r.name == name]) for name in methods}
+    if max([0, *map(len, curves.values())]) < 2:
+        raise InputError("a budget curve needs results of one method at two budgets or more; "
+                         "search again with another --budget and give both runs")
+    figure, (axes,) = sheet(6.4, 4.2)
+    for number, (name, points) in enumerate(curves.items()):
+        color = CYCLE[number % len(CYCLE)]
+        at = knee([(p[0], p[1]) for p in points])
+        told = f", knee at {points[at][0]:,}" if at is not None else ""
+        axes.errorbar([p[0] for p in points], [p[1] for p in points], [p[2] for p in points],
+                      color=color, marker=MARKERS[number % 8], linestyle=DASHES[number % 4],
+                      capsize=3, markersize=5.5, label=short(name) + told)
+        if at is not None:
+            axes.plot([points[at][0]], [points[at][1]], marker="o", markersize=14,
+                      fillstyle="none", color=color, linestyle="none", gid=f"knee-{number}")
+    logarithmic(axes, "x")
+    axes.set(xlabel="trainable parameters", ylabel=short(metric, 44))
+    axes.grid(alpha=0.3)
+    axes.margins(0.1)
+    figure.legend(loc="outside lower center", ncols=min(3, len(methods)))
+    return figure
+
+
+def _means(results: Sequence[Scored]) -> list[tuple[int, float, float]]:
+    """(parameters, mean score, spread) by rising parameters."""
+    at: dict[int, list[float]] = {}
+    for one in results:
+        at.setdefault(one.parameters, []).append(one.score)
+    return [(cost, statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0)
+            for cost, scores in sorted(at.items())]
+
+
+def knee(points: Sequence[tuple[float, float]]) -> int | None:
+    """Which point of a rising curve lies furthest above the line from its first to its last.
+
+    points: (cost, score) by rising cost, which counts by its logarithm; both scaled to [0, 1], as
+    in Kneedle (Satopaa et al. 2011).  None for fewer than three, and where no point lies above.
+    """
+    if len(points) < 3 or points[-1][1] <= points[0][1]:
+        return None
+    xs = [math.log(max(1.0, cost)) for cost, _ in points]
+    low, high = points[0][1], points[-1][1]
+    above = [(y - low) / (high - low) - (x - xs[0]) / (xs[-1] - xs[0])
+             for x, (_, y) in zip(xs, points, strict=True)]
+    best = max(range(len(points)), key=above.__getitem__)
+    return best if above[best] > 0 else None
+
+
+@drawn
+def cost(results: Sequence[Scored], metric: str = "score") -> Figure:
+    """Score over cost: what was found beside the controls and references, each point named.
+
+    Raises InputError where there is nothing.
+    """
+    if not results:
+        raise InputError("a score over its cost needs a result, but got none")
+    figure, (axes,) = sheet(6.0, 3.9)
+    names = list(dict.fromkeys((one.name, one.found) for one in results))
+    for number, (name, found) in enumerate(names):
+        mine = [r for r in results if (r.name, r.found) == (name, found)]
+        color = CYCLE[number % len(CYCLE)]
+        axes.scatter([r.parameters for r in mine], [r.score for r in mine], s=90 if found else 60,
+                     marker=MARKERS[number % 8], facecolor=color if found else "white",
+                     edgecolor=color, linewidth=1.8, zorder=3, label=short(name))
+    best = max((r.score for r in results if r.found), default=None)
+    if best is not None and len(names) > 1:
+        axes.axhline(best, color=MIDDLE, linestyle=":", linewidth=1, zorder=1)
+    costs = [r.parameters for r in results]
+    if max(costs) > 20 * min(costs):
+        logarithmic(axes, "x")
+    else:
+        axes.set_xlim(0, 1.25 * max(costs))
+        thousands(axes, "x")
+    axes.set(xlabel="trainable parameters", ylabel=short(metric, 44))
+    axes.margins(y=0.15)
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=min(3, len(names)))
+    return figure
+
+
+@drawn
+def transfer(rows: Sequence[Mapping[str, Any]], metric: str = "score") -> Figure:
+    """Transfer between tasks: structures found on the row's task, trained on the column's.
+
+    rows: {source, target, score}; several of a pair are averaged, their spread stands below.
+    Framed: found on the task itself.  Raises InputError for rows that lack one of the three.
+    """
+    pairs: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        try:
+            pairs.setdefault((str(row["source"]), str(row["target"])), []).append(
+                float(row["score"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError("a transfer matrix needs rows with source, target and score, but "
+                             f"one has {error!r}") from error
+    if not pairs:
+        raise InputError("a transfer matrix needs a row, but got none")
+    targets = sorted({target for _, target in pairs})
+    sources = sorted({source for source, _ in pairs}, key=lambda s: (s not in targets, s))
+    figure, (axes,) = sheet(0.95 * len(targets) + 3.4, 0.62 * len(sources) + 2.0)
+    values = [[statistics.fmean(pairs[s, t]) if (s, t) in pairs else math.nan for t in targets]
+              for s in sources]
+    image = axes.imshow(values, cmap="cividis", aspect="auto")
+    low, high = image.get_clim()
+    for r, source in enumerate(sources):
+        for c, target in enumerate(targets):
+            _score(axes, pairs.get((source, target), []), c, r, (low or 0.0, high or 1.0))
+            if source == target:
+                axes.add_patch(frame(c, r, 0.92, "white", f"own-{r}"))
+    axes.set_xticks(range(len(targets)), [short(t, 18) for t in targets], rotation=30, ha="right",
+                    rotation_mode="anchor")
+    axes.set_yticks(range(len(sources)), [short(s, 24) for s in sources])
+    axes.set(xlabel="trained on", ylabel="found on")
+    axes.tick_params(length=0)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    figure.colorbar(image, ax=axes, label=short(metric), pad=0.03)
+    return figure
+
+
+def _score(axes: Axes, scores: Sequence[float], x: float, y: float,
+           limits: tuple[float, float]) -> None:
+    """A cell's number, dark on bright and bright on dark; the spread of several below it."""
+    if not scores:
+        axes.text(x, y, "–", ha="center", va="center", color=GREY)
+        return
+    mean = statistics.fmean(scores)
+    place = (mean - limits[0]) / max(1e-12, limits[1] - limits[0])
+    spread = f"\n±{statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
+    axes.text(x, y, f"{mean:.3f}{spread}", ha="center", va="center", fontsize=9,
+              color="white" if place < 0.55 else BLACK, gid=f"score-{y:g}-{x:g}")
+
+
+@drawn
+def front(points: Sequence[Mapping[str, float]], leading: Sequence[bool],
+          names: Mapping[str, str]) -> Figure:
+    """The score over each other metric of a study's trials; those on the Pareto front filled.
+
+    points: of each trial, its values by metric;  leading: whether it is on the front, which of
+    more than two metrics is that of all together;  names: metric -> the axis' name.
+    """
+    others = [name for name in names if name != "score"]
+    figure, row = sheet(4.4 * len(others) + 0.8, 4.2, 1, len(others), sharey=True)
+    for axes, name in zip(row, others, strict=True):
+        best = sorted((p for p, on in zip(points, leading, strict=True) if on),
+                      key=lambda p: p[name])
+        rest = [p for p, on in zip(points, leading, strict=True) if not on]
+        axes.scatter([p[name] for p in rest], [p["score"] for p in rest], s=34,
+                     facecolor="white", edgecolor=MIDDLE, linewidth=1.4, label="other trials")
+        axes.scatter([p[name] for p in best], [p["score"] for p in best], s=52, color=BLUE,
+                     marker="D", zorder=3, label="on the front")
+        if len(others) == 1:
+            axes.step([p[name] for p in best], [p["score"] for p in best], where="post",
+                      color=BLUE, linewidth=1.2, zorder=2)
+        axes.set_xlabel(names[name])
+        thousands(axes, "x")
+        axes.locator_params(axis="x", nbins=5)
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel(names["score"])
+    handles, labels = row[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
