@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from searchpet.errors import InputError
     from searchpet.site import Site
     from searchpet.spec import Spec
+    from searchpet.transfer import transfer
+    from searchpet.vote import vote
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "merge",
     "search",
     "train",
+    "transfer",
+    "vote",
 ]
 
 # public name -> the module that defines it
@@ -39,6 +43,8 @@ _HOME = {
     "merge": "engine",
     "search": "engine",
     "train": "engine",
+    "transfer": "transfer",
+    "vote": "vote",
 }
 
 

@@ -200,8 +200,8 @@ def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str,
     return {
         "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
         **({"masks": ask.prune.masks} if ask.prune else {}),
-        "units": len(space), "stacks": depths(space.sites), "seed": seed, "task": session.task.name,
-        "data": session.task.fingerprint, "settings": settings,
+        "units": len(space), "stacks": depths(space.sites), "seed": seed,
+        "task": session.task.name, "data": session.task.fingerprint, "settings": settings,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")}
         | {"searchpet": version()},
         "command": command(sys.argv),
