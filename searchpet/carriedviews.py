@@ -60,7 +60,7 @@ def voted(spec: Spec, path: Path) -> Iterable[Any]:
 def shelved(found: Sequence[tuple[str, Any]]) -> Iterable[Any]:
     """Cards and their shelves."""
     if not found:
-        yield "no specs here; searchpet specs add RUN puts one on a shelf"
+        yield "no such specs; searchpet specs add RUN puts one on a shelf"
         return
     rows = [[_called(where, c.name), c.backbone, c.task or "", c.budget, c.used,
              f"{c.score:.4f} {c.metric} on {c.split}" if c.score is not None else ""]

@@ -204,7 +204,8 @@ def check_backbone(session: Session, spec: Spec) -> None:
     if session.identity.config_hash != spec.backbone.config_hash:
         raise InputError(f"a spec must be trained on the architecture it was made for, "
                          f"{spec.backbone.name}, but --model is {session.identity.name}, another "
-                         "architecture; search on that model instead")
+                         "architecture; search on that model instead, or carry the spec over: "
+                         "searchpet transfer SPEC --model OTHER")
 
 
 def control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bool,

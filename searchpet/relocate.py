@@ -47,8 +47,8 @@ def draft(spec: Spec, source: Source, target: Target) -> Draft:
     prunes = spec.keep is not None and bool(spec.plan)
     shares = planned(spec.plan, source, target) if prunes else {}
     matches = tuple(_match(entry, source, target, shares) for entry in spec.entries)
-    crowd(m for m in matches if _pet(m.entry))
-    pet = [m for m in matches if _pet(m.entry) and m.shares]
+    crowd(m for m in matches if is_pet(m.entry))
+    pet = [m for m in matches if is_pet(m.entry) and m.shares]
     if not pet:
         why = "; ".join(dict.fromkeys(m.why for m in matches))
         raise InputError("a transfer must find a place for some PET of the spec, but finds none: "
@@ -61,7 +61,8 @@ def draft(spec: Spec, source: Source, target: Target) -> Draft:
     return Draft(Space("transfer", target.sites, rules), dict(asked), shares, matches)
 
 
-def _pet(entry: Entry) -> bool:
+def is_pet(entry: Entry) -> bool:
+    """Whether an entry adds something, unlike a prune mask."""
     return bool(catalog.get("deltas", entry.kind).neutral == 0)
 
 
@@ -69,7 +70,7 @@ def _match(entry: Entry, source: Source, target: Target, shares: Mapping[Place, 
     """What becomes of an entry, before the budget is spent."""
     if entry.mask is not None:
         return Match(entry, "dropped", SINGLE)
-    if _pet(entry):
+    if is_pet(entry):
         return match(entry, source, target)
     if not shares:
         return Match(entry, "dropped", UNPLANNED)

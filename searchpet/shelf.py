@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from searchpet.bulk import MASK_FILE
+from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.errors import InputError
 from searchpet.run import RunFolder
 from searchpet.spec import SHIPPED, Spec, first_problem, located
@@ -137,6 +137,7 @@ def add(source: str | Path, where: str | None = None, name: str | None = None) -
         new = RunFolder(scratch).sub(name)
         new.write_text("spec.json", text)
         if any(entry.mask for entry in spec.entries):
+            read_bits(spec)  # it is there, and whole
             shutil.copyfile(own / MASK_FILE, new.path / MASK_FILE)
         new.write_json(CARD, card.model_dump(exclude_none=True))
         if hub and hub[2] is None:

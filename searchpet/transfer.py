@@ -11,7 +11,7 @@ The same architecture, whatever its weights, keeps every entry as it is.
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -34,13 +34,13 @@ from searchpet.oneshot import BATCHES, by_magnitude, by_task
 from searchpet.propose import command, version
 from searchpet.pruning import MASKS, Prune
 from searchpet.pruning import used as kept_use
-from searchpet.relocate import close, draft, first_come, settle
+from searchpet.relocate import close, draft, first_come, is_pet, settle
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.settings import Settings, asked
 from searchpet.space import Space
 from searchpet.spacefile import space_names
-from searchpet.spec import BackboneId, BudgetUse, Spec
+from searchpet.spec import BackboneId, BudgetUse, Entry, Spec
 
 REPORT = "transfer.json"
 
@@ -189,7 +189,7 @@ def carry(spec: Spec, identity: Identity, model: nn.Module, budget: str | None, 
         matches = [Match(entry, "mapped", "the same architecture") for entry in spec.entries]
         return moved, _report(spec, moved, matches, target, ["the same architecture: every entry "
                                                              "stays as it is"])
-    if limits.limit <= head:
+    if head and limits.limit <= head:
         raise InputError(f"a budget that counts the head must exceed its {head:,} parameters, but "
                          f"{limits.text} is {limits.limit:,}; raise the budget")
     plan = draft(spec, source, target)
@@ -208,8 +208,8 @@ def carry(spec: Spec, identity: Identity, model: nn.Module, budget: str | None, 
                          slack=limits.limit - head - used, denominator=limits.denominator,
                          counts=spec.budget.counts),
         keep=kept_use(found.keep, found.kept(keep)) if found.keep else None)
-    return moved, _report(spec, moved, plan.matches, target, _notes(spec, source, moved, worth,
-                                                                     same))
+    return moved, _report(spec, moved, plan.matches, target,
+                          _notes(spec, source, target, moved, model, worth, same))
 
 
 def _budget(spec: Spec, text: str | None, parameters: int) -> Budget:
@@ -222,18 +222,29 @@ def _budget(spec: Spec, text: str | None, parameters: int) -> Budget:
     return Budget(limit, str(limit), parameters)
 
 
-def _notes(spec: Spec, source: Source, moved: Spec, worth: Worth, same: bool) -> list[str]:
+def _notes(spec: Spec, source: Source, target: Target, moved: Spec, model: nn.Module,
+           worth: Worth, same: bool) -> list[str]:
     """What holds for the transfer as a whole."""
     notes = [source.guess] if source.guess else []
-    rest = "what the source keeps comes first, the rest" if same else (
-        "indices mean nothing on another backbone: counts by role and depth were carried over, "
-        "and which channels, heads and neurons")
-    notes.append(f"{rest} was chosen by {worth.name}")
+    notes.append(f"what the source keeps comes first, the rest by {worth.name}" if same else
+                 "counts by role and depth were carried over; indices mean nothing on another "
+                 f"backbone: channels, heads and neurons were chosen by {worth.name}")
+    if len(target.stacks) > len(source.stacks):
+        notes.append("the source has one stack: encoder and decoder share it by their layers, and "
+                     "cross attention, of which it says nothing, takes nothing")
+    if lone := sum(_lone(model, entry) for entry in moved.entries):
+        notes.append(f"biases of {lone} places sit where the backbone has none: their deltas "
+                     "bring them, and cannot be merged into its weights")
     if moved.budget.slack:
         notes.append(f"{moved.budget.slack:,} parameters of the budget buy nothing more of it")
     if spec.keep and not moved.keep:
         notes.append("nothing is pruned there")
     return notes
+
+
+def _lone(model: nn.Module, entry: Entry) -> bool:
+    """Whether an entry is a bias on a module without one."""
+    return entry.kind == "bias" and getattr(model.get_submodule(entry.path), "bias", None) is None
 
 
 def _report(spec: Spec, moved: Spec, matches: Sequence[Match], target: Target,
@@ -254,10 +265,18 @@ def _report(spec: Spec, moved: Spec, matches: Sequence[Match], target: Target,
 
 
 def _roles(spec: Spec, moved: Spec) -> list[dict[str, Any]]:
-    """Coordinates kept by role and kind, before and after."""
-    found: dict[tuple[str, str], list[int]] = {}
+    """By role and kind, before and after: coordinates of PET that are kept, as whole numbers, and
+    the mean share that prune masks keep.
+    """
+    found: dict[tuple[str, str], list[list[float]]] = defaultdict(lambda: [[], []])
     for side, of in enumerate((spec, moved)):
         for e in of.entries:
-            found.setdefault((e.role, e.kind), [0, 0])[side] += len(e.kept)
-    return [{"role": role, "kind": kind, "source": a, "target": b}
-            for (role, kind), (a, b) in sorted(found.items())]
+            if is_pet(e):
+                found[e.role, e.kind][side].append(len(e.kept))
+        for ratio in of.plan:
+            found[ratio.role, f"{ratio.kind}, share"][side].append(ratio.kept)
+    rows = []
+    for (role, kind), sides in sorted(found.items()):
+        a, b = (sum(s) / len(s) if s and kind.endswith(", share") else sum(s) for s in sides)
+        rows.append({"role": role, "kind": kind, "source": a, "target": b})
+    return rows
