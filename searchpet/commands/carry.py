@@ -35,6 +35,7 @@ def transfer(
     plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
     """Carry a structure over to another backbone, and train it there."""
+    from searchpet import carriedviews
     from searchpet.transfer import REPORT
     from searchpet.transfer import transfer as run
 
@@ -45,13 +46,11 @@ def transfer(
     with reporter(quiet) as teller:
         result = run(spec, budget=budget, train=not no_train, sweep=sweep, controls=controls,
                      test=test, out=out, resume=resume, listener=teller, **settings)
-    from searchpet import carriedviews
-
     report = json.loads((result.path / REPORT).read_text(encoding="utf-8"))
     if no_train:
         answer(report, json_, lambda _: carriedviews.carried(report, result.path))
         return
-    if not json_:
+    if not json_:  # then the result alone is printed
         answer(report, False, lambda _: [*carriedviews.account(report), ""])
     finish(result, json_)
 
