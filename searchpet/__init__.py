@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from searchpet.jobs import search, train
     from searchpet.site import Site
     from searchpet.spec import Spec
+    from searchpet.transfer import transfer
+    from searchpet.vote import vote
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +31,8 @@ __all__ = [
     "merge",
     "search",
     "train",
+    "transfer",
+    "vote",
 ]
 
 # public name -> the module that defines it
@@ -43,6 +47,8 @@ _HOME = {
     "merge": "engine",
     "search": "jobs",
     "train": "jobs",
+    "transfer": "transfer",
+    "vote": "vote",
 }
 
 

@@ -69,6 +69,15 @@ def discover(model: nn.Module) -> tuple[Site, ...]:
     return tuple(sites)
 
 
+def depths(sites: Iterable[Site]) -> dict[str, int]:
+    """Blocks of each stack, by part.  Norms do not count: some stand outside the blocks."""
+    found: dict[str, int] = {}
+    for site in sites:
+        if site.form != "norm":
+            found[site.part] = max(found.get(site.part, 0), site.layer + 1)
+    return found
+
+
 # --- stacks -------------------------------------------------------------------------------------
 
 

@@ -96,14 +96,14 @@ def search(
     if folder.has("result.json"):
         return Result(folder.path, Spec.load(folder.path), folder.read_json("result.json"))
     session = open_session(chosen, listener)
-    _check_test(session, test)
+    check_test(session, test)
     for warning in session.task.warnings:
         folder.log(warning=warning)
 
     session.table = latencies(session, folder, ask)
     _teach(session, folder, distill, terms)
     main = _find_and_train(session, folder, ask, chosen.seed, test, inherit)
-    rows = [_control(session, folder, replace(ask, strategy=name, set={}), i, test)
+    rows = [control(session, folder, replace(ask, strategy=name, set={}), i, test)
             for i in range(controls) for name in CONTROLS]
     session.job = "full"
     reference = once.train(session, folder.sub("controls/full"), "full", chosen.seed,
@@ -155,7 +155,7 @@ def train(
     if folder.has("result.json"):
         return Result(folder.path, found, folder.read_json("result.json"))
     session = open_session(chosen, listener)
-    _check_test(session, test)
+    check_test(session, test)
     if found:
         _teach(session, folder, distill, terms)
         check_backbone(session, found)
@@ -204,10 +204,11 @@ def check_backbone(session: Session, spec: Spec) -> None:
     if session.identity.config_hash != spec.backbone.config_hash:
         raise InputError(f"a spec must be trained on the architecture it was made for, "
                          f"{spec.backbone.name}, but --model is {session.identity.name}, another "
-                         "architecture; search on that model instead")
+                         "architecture; search on that model instead, or carry the spec over: "
+                         "searchpet transfer SPEC --model OTHER")
 
 
-def _control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bool,
+def control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bool,
              ) -> dict[str, Any]:
     """A random structure of the same budgets, trained with the same seed as the one found."""
     sub = folder.sub(f"controls/{ask.strategy.replace(':', '-')}-{number}")
@@ -253,7 +254,7 @@ def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
             "with; try a smaller --tau, or `searchpet train SPEC --sweep`"]
 
 
-def _check_test(session: Session, test: bool) -> None:
+def check_test(session: Session, test: bool) -> None:
     """Say so before hours of work when --test cannot be answered."""
     if (test and (s := session.splits.get("test")) is None) or (test and s and s.labels is None):
         raise InputError(f"--test needs a labelled test split, but task {session.task.name} has "

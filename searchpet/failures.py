@@ -9,7 +9,7 @@ from typing import TypeGuard
 
 from searchpet.errors import InputError, shown
 
-RESUMABLE = ("search", "train", "tune")
+RESUMABLE = ("search", "train", "transfer", "tune")
 
 
 def explain(error: Exception, words: Sequence[str]) -> str | None:

@@ -178,6 +178,17 @@ def origin(path: Path) -> dict[str, Any]:
     return {name: value for name, value in made.items() if value}
 
 
+def at(path: Path) -> Path:
+    """Where a spec lies that is named by a path, `searchpet:NAME` or `hf:OWNER/REPOSITORY/NAME`.
+    """
+    from searchpet.shelf import at as found
+
+    return found(path)
+
+
 def folder_of(path: Path) -> Path:
     """Where a spec lies: the folder itself, or that of the file."""
+    from searchpet.spec import located
+
+    path = located(path)
     return path if path.is_dir() else path.parent

@@ -18,6 +18,7 @@ from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.calibrate import lowered
+from searchpet.discover import depths
 from searchpet.errors import InputError, shown
 from searchpet.importance import importance
 from searchpet.inherit import learns, leave
@@ -203,8 +204,8 @@ def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str,
     return {
         "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
         **({"masks": ask.prune.masks} if ask.prune else {}),
-        "units": len(space), "seed": seed, "task": session.task.name,
-        "data": session.task.fingerprint, "settings": settings,
+        "units": len(space), "stacks": depths(space.sites), "seed": seed,
+        "task": session.task.name, "data": session.task.fingerprint, "settings": settings,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")}
         | {"searchpet": version()},
         "command": command(sys.argv),

@@ -21,9 +21,10 @@ from pydantic import (
     model_validator,
 )
 
-from searchpet.errors import InputError
+from searchpet.errors import InputError, unknown
 
 VERSION = 1
+SHIPPED = "searchpet:"  # before the name of a spec that comes with the package
 _MAX_BYTES = 256 * 1000**2  # a spec is small; anything larger is not a spec
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.\-]+$", max_length=500)]
@@ -189,12 +190,12 @@ class Spec(_Frozen):
 
     @classmethod
     def load(cls, path: str | Path) -> Spec:
-        """Read and validate a spec file, or the `spec.json` of a run folder.
+        """Read and validate a spec file, the `spec.json` of a run folder, or `searchpet:NAME`.
 
         Raises InputError when the file is absent, is not a spec, is of another version, or its
         hash does not match its content.
         """
-        source = Path(path)
+        source = located(path)
         source = source / "spec.json" if source.is_dir() else source
         if not source.is_file():
             raise InputError(f"a spec must be a file or a run folder with spec.json, but {path} "
@@ -229,6 +230,17 @@ class Spec(_Frozen):
                              f"says {str(raw.get('hash'))[:12]}; it was edited or damaged, search "
                              "again or restore it")
         return spec
+
+
+def located(path: str | Path) -> Path:
+    """Where a spec lies; `searchpet:NAME` is one that comes with the package."""
+    if not str(path).startswith(SHIPPED):
+        return Path(path)
+    folder, name = Path(__file__).parent / "found", str(path).removeprefix(SHIPPED)
+    names = sorted(file.parent.name for file in folder.glob("*/spec.json"))
+    if name not in names:
+        raise unknown(f"{SHIPPED}NAME", name, names)
+    return folder / name
 
 
 def canonical(content: Any) -> str:

@@ -53,7 +53,8 @@ def search(
 
 def train(
     ctx: typer.Context,
-    spec: Annotated[Path | None, typer.Argument(help="A spec, or the folder of a run.")] = None,
+    spec: Annotated[Path | None, typer.Argument(
+        help="A spec, searchpet:NAME, or the folder of a run.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning, no spec.")] = False,
     head_only: Annotated[bool, typer.Option("--head-only", help="The head, no spec.")] = False,
     sweep: Annotated[bool, typer.Option(
@@ -72,6 +73,7 @@ def train(
 
     if full and head_only:
         raise InputError("train takes a spec, --full or --head-only: exactly one of them")
+    spec = o.at(spec) if spec else None
     reference = "full" if full else "head" if head_only else None
     settings = {**o.origin(spec), **o.settings(ctx)} if spec else o.settings(ctx)
     with reporter(quiet) as teller:

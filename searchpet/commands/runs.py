@@ -50,13 +50,14 @@ def predict(
 
 
 def show(
-    spec: Annotated[Path, typer.Argument(help="A spec, or the folder of a run.")],
+    spec: Annotated[Path, typer.Argument(
+        help="A spec, searchpet:NAME, or the folder of a run.")],
     json_: o.Json = False, debug: o.Debug = False,
 ) -> None:
     """Show a structure: a table, and a picture of layers and roles."""
     from searchpet.spec import Spec
 
-    found = Spec.load(spec)
+    found = Spec.load(o.at(spec))
     answer(json.loads(found.text()), json_, lambda views: views.structure(found))
 
 
