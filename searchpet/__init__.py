@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from searchpet.engine import apply, load, merge
     from searchpet.errors import InputError
     from searchpet.export import export
-    from searchpet.jobs import search, train
+    from searchpet.jobs import search, train, transfer
     from searchpet.site import Site
     from searchpet.spec import Spec
-    from searchpet.transfer import transfer
     from searchpet.vote import vote
 
 __version__ = "0.1.0"
@@ -47,7 +46,7 @@ _HOME = {
     "merge": "engine",
     "search": "jobs",
     "train": "jobs",
-    "transfer": "transfer",
+    "transfer": "jobs",
     "vote": "vote",
 }
 

@@ -38,7 +38,8 @@ FILES = {
     "masks.safetensors": "masks of single weights", "result.json": "the figures of this page",
     "settings.json": "what was asked for", "log.jsonl": "what happened",
     "probabilities.json": "how the search went", "training.json": "how the training went",
-    "inherit.safetensors": "what the search has learned", "space.toml": "the winner's space",
+    "inherit.safetensors": "what the search has learned",
+    "transfer.json": "what became of each entry", "space.toml": "the winner's space",
     "study.db": "the trials"}
 
 
@@ -73,7 +74,7 @@ def reported(job: Callable[P, Result]) -> Callable[P, Result]:
     @functools.wraps(job)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
         result = job(*args, **kwargs)
-        if launch.leader():
+        if launch.leader() and RunFolder(result.path).has("result.json"):
             try:
                 write(result.path)
             except Exception as error:  # whatever it is, the run itself is done

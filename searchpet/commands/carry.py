@@ -36,8 +36,8 @@ def transfer(
 ) -> None:
     """Carry a structure over to another backbone, and train it there."""
     from searchpet import carriedviews
+    from searchpet.jobs import transfer as run
     from searchpet.transfer import REPORT
-    from searchpet.transfer import transfer as run
 
     spec = o.at(spec)
     settings: dict[str, Any] = {**o.origin(spec), **o.settings(ctx)}
