@@ -38,6 +38,8 @@ STOREYS: dict[float, list[str]] = {
     4: ["strategies/*"],
     4.2: ["sparse"],
     4.3: ["realise"],
+    4.4: ["saving"],
+    4.45: ["stored"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
     4.7: ["finished"],
     4.8: ["ask"],
@@ -65,7 +67,7 @@ ENGINE = 5.0  # from here up, a room may read the environment
 # library -> the only rooms that may import it
 LIBRARIES = {
     "accelerate": {"launch", "processes"},
-    "transformers": {"apply", "backbone", "engine", "merge", "removal", "session"},
+    "transformers": {"apply", "backbone", "engine", "merge", "removal", "saving", "session"},
     "huggingface_hub": {"source", "task"},
     "datasets": {"task"},
     "optuna": {"collect", "question", "study", "trials", "tune", "worker", "workers"},
