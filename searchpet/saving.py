@@ -197,6 +197,9 @@ def rebuild(folder: RunFolder, spec: Spec, saved: Saved, place: str | None) -> n
                          ) from error
     finally:
         transformers.logging.set_verbosity(level)
+    if absent := set(saved.head) - {name for name, _ in model.named_parameters()}:
+        raise InputError(f"{folder.path / DELTA_FILE}: head must name parameters of a "
+                         f"{saved.architecture}, but it has no {min(absent)}")
     found = fingerprint(model, frozenset(saved.head))
     if found != saved.weights:
         raise InputError(f"the weights of {source} must be those that the deltas were trained on "
