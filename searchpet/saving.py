@@ -86,6 +86,8 @@ class Saver:
             raise InputError(f"save_pretrained must be given a folder, but {save_directory} is a "
                              "file")
         if self.dense is None or again:
+            if again:  # the names that load_state_dict knows; from_pretrained knows them too
+                options.setdefault("save_original_format", False)
             state = dict(model.state_dict() if state_dict is None else state_dict)
             save(model, save_directory, is_main_process=is_main_process,
                  state_dict=_plain(state, again), **options)
