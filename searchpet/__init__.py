@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from searchpet.discover import discover
     from searchpet.engine import apply, load, merge, search, train
     from searchpet.errors import InputError
+    from searchpet.serve import serve
     from searchpet.site import Site
     from searchpet.spec import Spec
 
@@ -25,6 +26,7 @@ __all__ = [
     "load",
     "merge",
     "search",
+    "serve",
     "train",
 ]
 
@@ -38,6 +40,7 @@ _HOME = {
     "load": "engine",
     "merge": "engine",
     "search": "engine",
+    "serve": "serve",
     "train": "engine",
 }
 

@@ -44,7 +44,15 @@ from searchpet.saving import (
     trained_tensors,
 )
 from searchpet.spec import Spec
-from searchpet.stored import Trained, asked_before, name_labels, origin, part_of, read_delta
+from searchpet.stored import (
+    Trained,
+    asked_before,
+    belongs,
+    name_labels,
+    origin,
+    part_of,
+    read_delta,
+)
 from searchpet.supernet import freeze
 
 __all__ = [
@@ -154,7 +162,7 @@ def restore(run: str | Path, model: str | None = None, *, remove: bool | None = 
     if (saved := saved_in(folder)) is not None:
         return _restore_saved(folder, spec, *saved, model, remove, task)
     tensors, trained = part_of(*read_delta(folder), task)
-    _belongs(folder, spec, trained.spec_hash)
+    belongs(folder, spec, trained.spec_hash)
     backbone = load_backbone(
         model or origin(folder) or spec.backbone.name, outputs=trained.outputs,
         regression=trained.type == "regression", seed=0,
@@ -172,19 +180,13 @@ def restore(run: str | Path, model: str | None = None, *, remove: bool | None = 
 def _restore_saved(folder: RunFolder, spec: Spec, tensors: Mapping[str, Tensor], saved: Saved,
                    model: str | None, remove: bool | None, task: str | None) -> nn.Module:
     """The model that `save_pretrained` saved."""
-    _belongs(folder, spec, saved.spec_hash)
+    belongs(folder, spec, saved.spec_hash)
     if task is not None:
         raise InputError(f"a folder of save_pretrained has one head, but got {task=}; drop it")
     head = frozenset(saved.head)
     applied = apply(rebuild(folder, spec, saved, model), spec, head=head, remove=remove)
     write_tensors(applied, head, tensors, folder.path / DELTA_FILE)
     return applied.eval()
-
-
-def _belongs(folder: RunFolder, spec: Spec, spec_hash: str) -> None:
-    if spec_hash != spec.hash:
-        raise InputError(f"{folder.path / DELTA_FILE} must belong to the spec beside it "
-                         f"({spec.hash[:12]}…), but is of {spec_hash[:12]}…")
 
 
 def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],

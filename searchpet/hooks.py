@@ -79,7 +79,10 @@ class Remember:
         self.owner, self.source = owner, source
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self.owner.inputs[self.source] = first(args, kwargs)
+        self.keep(first(args, kwargs))
+
+    def keep(self, x: Tensor) -> None:
+        self.owner.inputs[self.source] = x
 
 
 class Weigh(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from searchpet.errors import InputError
 from searchpet.run import RunFolder
 from searchpet.saving import DELTA_FILE, MARK
-from searchpet.spec import first_problem
+from searchpet.spec import Spec, first_problem
 
 
 class Trained(BaseModel):
@@ -102,3 +102,10 @@ def part_of(tensors: dict[str, Tensor], trained: Trained, task: str | None,
         elif int(of[1]) == number:
             found[name.replace(of[0], ".")] = value
     return found, trained.parts[number]
+
+
+def belongs(folder: RunFolder, spec: Spec, spec_hash: str) -> None:
+    """Raise InputError unless what lies in a folder was trained for the spec beside it."""
+    if spec_hash != spec.hash:
+        raise InputError(f"{folder.path / DELTA_FILE} must belong to the spec beside it "
+                         f"({spec.hash[:12]}…), but is of {spec_hash[:12]}…")

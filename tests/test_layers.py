@@ -29,7 +29,7 @@ STOREYS: dict[float, list[str]] = {
     2.8: ["anatomy", "settle"],
     3: ["adversary", "backbone", "batch", "flops", "hooks", "run", "stats", "task"],
     3.2: ["grafts"],
-    3.3: ["calibrate", "linear_probe"],
+    3.3: ["calibrate", "linear_probe", "mixed"],
     3.5: ["removal", "supernet", "train"],
     3.6: ["contrast"],
     3.7: ["importance", "latency", "recovery", "updates"],
@@ -41,7 +41,8 @@ STOREYS: dict[float, list[str]] = {
     4.4: ["saving"],
     4.45: ["stored"],
     4.5: ["apply", "inherit", "merge", "pruning"],  # parts of the engine
-    4.7: ["finished"],
+    4.55: ["learned"],
+    4.7: ["finished", "serve"],
     4.8: ["ask"],
     4.9: ["knobs"],
     4.95: ["tunefile"],

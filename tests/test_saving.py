@@ -1,4 +1,4 @@
-"""What `save_pretrained` writes of an applied model, transformers and `searchpet.load` both read."""
+"""What `save_pretrained` writes of an applied model is read by transformers and by `load`."""
 
 from __future__ import annotations
 
