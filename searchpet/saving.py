@@ -174,10 +174,7 @@ def rebuild(folder: RunFolder, spec: Spec, saved: Saved, place: str | None) -> n
     place: where the backbone lies, if not in the folder.  Raises InputError where it is not there
     or not the one that the deltas were trained on.
     """
-    build = getattr(transformers, saved.architecture, None)
-    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
-        raise InputError(f"{folder.path / DELTA_FILE}: architecture must be a model class of "
-                         f"transformers, but got {saved.architecture!r}")
+    build = _class_of(folder, saved.architecture)
     source = str(folder.path) if saved.whole and place is None else str(
         locate(place or spec.backbone.name,
                None if place else spec.backbone.revision).folder)
@@ -209,3 +206,12 @@ def rebuild(folder: RunFolder, spec: Spec, saved: Saved, place: str | None) -> n
                          "folder of the right ones")
     plain: nn.Module = model.eval()
     return plain
+
+
+def _class_of(folder: RunFolder, name: str) -> Any:
+    """The model class of transformers that has this name; nothing else can be named."""
+    build = getattr(transformers, name, None)
+    if not (isinstance(build, type) and issubclass(build, transformers.PreTrainedModel)):
+        raise InputError(f"{folder.path / DELTA_FILE}: architecture must be a model class of "
+                         f"transformers, but got {name!r}")
+    return build
