@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from searchpet.errors import InputError
     from searchpet.export import export
     from searchpet.jobs import search, train, transfer
+    from searchpet.serve import serve
     from searchpet.site import Site
     from searchpet.spec import Spec
     from searchpet.vote import vote
@@ -29,6 +30,7 @@ __all__ = [
     "load",
     "merge",
     "search",
+    "serve",
     "train",
     "transfer",
     "vote",
@@ -45,6 +47,7 @@ _HOME = {
     "load": "engine",
     "merge": "engine",
     "search": "jobs",
+    "serve": "serve",
     "train": "jobs",
     "transfer": "jobs",
     "vote": "vote",

@@ -1,19 +1,21 @@
 """From a spec to a model: `apply` grafts its deltas, `load` also restores the trained tensors.
 
 An applied model is the transformers model itself with one submodule more, `model.searchpet`; its
-forward, its loss and its `.logits` are unchanged, so `transformers.Trainer` trains it as it is.
+forward, its loss and its `.logits` are unchanged, so `transformers.Trainer` trains it as it is,
+`pipeline` takes it, and `save_pretrained` writes its spec and deltas beside the weights.
+
+`torch.compile` takes it as well, in one graph without a break (`fullgraph=True`): hooks that were
+there before are traced with their modules.  Compile after `apply`, and again after `merge`; gates
+that change, as in a search, or `watch`, make it compile anew.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
 from searchpet.backbone import config_hash, load_backbone
@@ -32,31 +34,32 @@ from searchpet.realise import (
 from searchpet.removal import removable
 from searchpet.removal import remove as cut_out
 from searchpet.run import RunFolder
-from searchpet.spec import Spec, first_problem
+from searchpet.saving import (
+    DELTA_FILE,
+    Saved,
+    Saver,
+    fingerprint,
+    rebuild,
+    saved_in,
+    trained_tensors,
+)
+from searchpet.spec import Spec
+from searchpet.stored import (
+    Trained,
+    asked_before,
+    belongs,
+    name_labels,
+    origin,
+    part_of,
+    read_delta,
+)
 from searchpet.supernet import freeze
 
-DELTA_FILE = "delta.safetensors"
-
-
-class Trained(BaseModel):
-    """What delta.safetensors says of itself: enough to rebuild the model and read its output.
-
-    parts: of each task, where there are several; their heads lie side by side.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    spec_hash: str
-    task: str
-    type: Literal["classification", "regression"]
-    fields: tuple[str, ...] = Field(min_length=1, max_length=2)
-    labels: tuple[str, ...]
-    metrics: tuple[str, ...] = Field(min_length=1)
-    max_length: int = Field(gt=0)
-    parts: tuple[Trained, ...] = ()
-
-    @property
-    def outputs(self) -> int:
-        return len(self.labels) or 1
+__all__ = [
+    "DELTA_FILE", "Trained", "apply", "asked_before", "grafts", "has_masks", "load", "name_labels",
+    "origin", "outside_base", "part_of", "read_delta", "restore", "save_delta", "trained_tensors",
+    "write_tensors",
+]
 
 
 def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, seed: int = 0,
@@ -75,7 +78,7 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
         raise InputError("a model takes one spec at a time, but this one has deltas already; "
                          "load it again, or merge them first")
     _same_architecture(model, spec)
-    spec = _at_home(spec, model)
+    given, spec = spec, _at_home(spec, model)
     head = outside_base(model) if head is None else head
     plan = structure(spec, discover(model))
     if remove is None:
@@ -87,12 +90,15 @@ def apply(model: nn.Module, spec: Spec, *, head: frozenset[str] | None = None, s
     if remove and weighed:
         raise InputError("masks of weights leave nothing that can be taken out, so they do not go "
                          "with remove=True; use remove=False")
+    dense = fingerprint(model, head) if remove and plan.prunes else None
     if remove and plan.prunes:
         found = pet_grafts(plan, seed, renamer(cut_out(model, cut(plan))))
     else:
         found += mask_grafts(plan) + weighed
     freeze(model, head)
     model.searchpet = Grafts(model, found)
+    owner: Any = model
+    owner.save_pretrained = Saver(model, given, plan.bits, head, dense)
     return model
 
 
@@ -136,7 +142,8 @@ def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str])
 
 def load(run: str | Path, *, device: str = "cpu", remove: bool | None = None,
          task: str | None = None, model: str | None = None) -> nn.Module:
-    """The trained model of a run folder: the transformers class, in evaluation mode.
+    """The trained model of a run folder, or of a folder that `save_pretrained` wrote: the
+    transformers class, in evaluation mode.
 
     model: where the backbone lies, if not where its name says (hub, demo extra) or where it lay.
     task: whose head the model gets, for a run on several tasks.
@@ -152,10 +159,10 @@ def restore(run: str | Path, model: str | None = None, *, remove: bool | None = 
     """`load`, on the CPU."""
     folder = RunFolder(run)
     spec = Spec.load(folder.path)
+    if (saved := saved_in(folder)) is not None:
+        return _restore_saved(folder, spec, *saved, model, remove, task)
     tensors, trained = part_of(*read_delta(folder), task)
-    if trained.spec_hash != spec.hash:
-        raise InputError(f"{folder.path / DELTA_FILE} must belong to the spec beside it "
-                         f"({spec.hash[:12]}…), but is of {trained.spec_hash[:12]}…")
+    belongs(folder, spec, trained.spec_hash)
     backbone = load_backbone(
         model or origin(folder) or spec.backbone.name, outputs=trained.outputs,
         regression=trained.type == "regression", seed=0,
@@ -170,67 +177,16 @@ def restore(run: str | Path, model: str | None = None, *, remove: bool | None = 
     return applied.eval()
 
 
-def origin(folder: RunFolder) -> str | None:
-    """The local folder that the run's backbone was taken from, if it was one and is there."""
-    model = asked_before(folder).get("model")
-    return model if isinstance(model, str) and Path(model).is_dir() else None
-
-
-def asked_before(folder: RunFolder) -> dict[str, Any]:
-    """What a run was asked for; nothing where no settings.json is left.
-
-    Raises InputError for a file that is no object.
-    """
-    found = folder.read_json("settings.json") if folder.has("settings.json") else {}
-    if not isinstance(found, dict):
-        raise InputError(f"{folder.path / 'settings.json'} must be an object of settings, but is "
-                         f"a {type(found).__name__}; it was edited or damaged, delete it")
-    return found
-
-
-def name_labels(model: nn.Module, labels: tuple[str, ...]) -> None:
-    """Write the class names into the model's config."""
-    if labels:
-        config: Any = model.config
-        config.id2label = dict(enumerate(labels))
-        config.label2id = {label: i for i, label in enumerate(labels)}
-
-
-def read_delta(folder: RunFolder) -> tuple[dict[str, Tensor], Trained]:
-    """Tensors of delta.safetensors and what they are for.  Raises InputError if damaged."""
-    tensors, metadata = folder.read_tensors(DELTA_FILE)
-    try:
-        return tensors, Trained.model_validate(json.loads(metadata.get("searchpet", "null")))
-    except ValidationError as error:
-        raise InputError(f"{folder.path / DELTA_FILE}: {first_problem(error)}") from error
-    except ValueError as error:
-        raise InputError(f"{folder.path / DELTA_FILE} must say what it is for: {error}") from error
-
-
-def part_of(tensors: dict[str, Tensor], trained: Trained, task: str | None,
-            ) -> tuple[dict[str, Tensor], Trained]:
-    """What is of one task; all there is, where there is only one.
-
-    Raises InputError where it must be said which, and for a task that the run has not learned.
-    """
-    names = [part.task for part in trained.parts] or [trained.task]
-    if task is None and len(names) > 1:
-        raise InputError(f"a run on several tasks must be loaded for one of them, "
-                         f"{', '.join(names)}; give task, --task on the command line")
-    if task is not None and task not in names:
-        raise InputError(f"task must be one that the run has learned, {', '.join(names)}, but got "
-                         f"{task!r}")
-    if not trained.parts:
-        return tensors, trained
-    number = names.index(task or "")
-    found = {}
-    for name, value in tensors.items():
-        of = re.search(r"\.of\.([0-9]+)\.", name) if name.startswith("head/") else None
-        if of is None:
-            found[name] = value
-        elif int(of[1]) == number:
-            found[name.replace(of[0], ".")] = value
-    return found, trained.parts[number]
+def _restore_saved(folder: RunFolder, spec: Spec, tensors: Mapping[str, Tensor], saved: Saved,
+                   model: str | None, remove: bool | None, task: str | None) -> nn.Module:
+    """The model that `save_pretrained` saved."""
+    belongs(folder, spec, saved.spec_hash)
+    if task is not None:
+        raise InputError(f"a folder of save_pretrained has one head, but got {task=}; drop it")
+    head = frozenset(saved.head)
+    applied = apply(rebuild(folder, spec, saved, model), spec, head=head, remove=remove)
+    write_tensors(applied, head, tensors, folder.path / DELTA_FILE)
+    return applied.eval()
 
 
 def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],
@@ -239,13 +195,6 @@ def save_delta(folder: RunFolder, model: nn.Module, head: frozenset[str],
     folder.write_tensors(DELTA_FILE, trained_tensors(model, head),
                          {"searchpet": trained.model_dump_json()})
     return from_first(lambda: folder.digest(DELTA_FILE))
-
-
-def trained_tensors(model: nn.Module, head: frozenset[str]) -> dict[str, Tensor]:
-    """`path:role:kind/parameter` for deltas, `head/name` for the head."""
-    parameters = dict(model.named_parameters())
-    own = {f"head/{name}": parameters[name] for name in sorted(head)}
-    return {**grafts(model).tensors(), **own}
 
 
 @torch.no_grad()

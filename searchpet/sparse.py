@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from searchpet import catalog
 from searchpet.allocate import keep_masks
 from searchpet.errors import InputError
+from searchpet.grafts import hold_zeros
 from searchpet.masks import fingerprint, packed
 from searchpet.scores import Stats, needs_of
 from searchpet.spec import Entry, MaskRef
@@ -141,8 +142,7 @@ def masks_of(delta: nn.Module, mask: Tensor) -> dict[str, Tensor]:
 
 def freeze_zeros(delta: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """Set what the masks leave out to 0; it gets no gradient any more."""
-    for name, parameter in delta.named_parameters():
-        keep = masks[name].to(parameter.device)
-        with torch.no_grad():
-            parameter.mul_(keep)
-        parameter.register_hook(lambda g, keep=keep: g * keep.to(g.device))
+    with torch.no_grad():
+        for name, parameter in delta.named_parameters():
+            parameter.mul_(masks[name].to(parameter.device))
+    hold_zeros(delta, masks)

@@ -89,7 +89,8 @@ def each(width: int, cost: int) -> Tensor:
 class Channels(nn.Module):
     """A vector over output channels of which only some may exist.
 
-    `value` (k,) are the stored entries, `index` (k,) their channels, None for all of them.
+    `value` (k,) are the stored entries, `index` (k,) their channels, None for all of them.  It is
+    called as a module, so that what moves weights between devices sees the call.
     """
 
     index: Tensor | None
@@ -100,7 +101,7 @@ class Channels(nn.Module):
         self.value = nn.Parameter(torch.zeros(size if index is None else len(index)))
         self.register_buffer("index", index, persistent=False)
 
-    def at(self, z: Tensor) -> Tensor:
+    def forward(self, z: Tensor) -> Tensor:
         """z (k,) or (batch, 1, k) -> z * value at the stored channels, 0 elsewhere (..., size)."""
         v = z * self.value
         if self.index is None:

@@ -30,10 +30,11 @@ class Bias(Delta):
         return each(self.width, 1)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return self.bias.at(z).expand_as(y)  # (d_out,) -> (..., d_out)
+        bias: Tensor = self.bias(z)
+        return bias.expand_as(y)  # (d_out,) -> (..., d_out)
 
     def affine(self, z: Tensor) -> Affine:
-        return Affine(c=self.bias.at(z))
+        return Affine(c=self.bias(z))
 
     def thin(self, keep: Tensor) -> Bias:
         return Bias(self.site, channels=self.bias.thin(keep))

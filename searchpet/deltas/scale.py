@@ -32,10 +32,11 @@ class Scale(Delta):
         return each(self.width, 1)
 
     def forward(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        return self.scale.at(z) * y  # (d_out,) * (..., d_out)
+        scale: Tensor = self.scale(z)
+        return scale * y  # (d_out,) * (..., d_out)
 
     def affine(self, z: Tensor) -> Affine:
-        return Affine(g=self.scale.at(z))
+        return Affine(g=self.scale(z))
 
     def thin(self, keep: Tensor) -> Scale:
         return Scale(self.site, channels=self.scale.thin(keep))
