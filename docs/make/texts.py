@@ -60,7 +60,7 @@ def _paragraph(lines: list[str]) -> str:
             if out and not inside:
                 out.append("")
             inside = True
-        elif inside and not line.startswith(" "):  # the list has ended
+        elif inside and not line.startswith(" ") and out[-1].endswith("."):  # the list has ended
             out.append("")
             inside = False
         if item:
