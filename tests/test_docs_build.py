@@ -67,6 +67,8 @@ def test_the_site_is_whole_and_needs_no_network(site: Path) -> None:
             elif address.fragment and target in pages and unquote(
                     address.fragment) not in pages[target].ids:
                 wrong.append(f"{file.name} links to {link}, which has no such anchor")
+        if "{{ " in file.read_text(encoding="utf-8"):
+            wrong.append(f"{file.name} has a marker that was not filled")
     assert not wrong
 
 
@@ -75,3 +77,5 @@ def test_signatures_and_docstrings_are_in_it(site: Path) -> None:
     text = (site / "reference/python.html").read_text(encoding="utf-8")
     assert "keep_flops" in text
     assert "Find a structure, train it" in text
+    rooms = Page(site / "reference/rooms.html")
+    assert "rooms/searchpet.deltas.lora.html" in rooms.links

@@ -5,6 +5,7 @@ A line `{{ word argument ... }}` of a page is replaced by what BLOCKS has under 
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 from collections.abc import Callable
@@ -47,8 +48,6 @@ def rooms() -> list[str]:
 
 def room_table() -> str:
     """Every module with the first line of its docstring."""
-    import ast
-
     rows = []
     for name in rooms():
         path = ROOT.joinpath(*name.split("."))
@@ -71,9 +70,11 @@ def on_files(files: Any, config: Any) -> Any:
 
     for name in rooms():
         files.append(File.generated(config, f"{ROOMS}/{name}.md",
-                                    content=f"# {name}\n\n::: {name}\n"))
+                                    content=f"# {name}\n\n[All modules](../rooms.md)\n\n"
+                                            f"::: {name}\n"))
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    return markdown if page.file.src_uri.startswith(ROOMS) else filled(markdown)
+    made = page.file.src_uri.startswith(f"{ROOMS}/")
+    return markdown if made else filled(markdown)

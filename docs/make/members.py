@@ -13,21 +13,20 @@ import torch
 from texts import ROOT, as_markdown
 
 from searchpet import catalog
-from searchpet.site import Site
+from searchpet.site import Form, Site
 from searchpet.space import make
 from searchpet.survey import described
 
 HIDDEN = ("channels", "variant")  # keyword arguments that are no options
 WIDTH, INNER = 384, 1536  # of the sites on which prices are shown: MiniLM's
-SITES = tuple(
-    Site(path=path, role=role, layer=0, form=form, part="encoder", d_in=d_in, d_out=WIDTH,
-         heads=12, kv_heads=12)
-    for path, role, form, d_in in (
-        ("a linear of 384 x 384", "attention.output", "linear", WIDTH),
-        ("the second matrix of a feed-forward, 1536 to 384", "ffn.out", "linear", INNER),
-        ("a norm of 384", "norm.ffn", "norm", WIDTH),
-        ("a block of width 384", "ffn.block", "block", WIDTH),
-        ("a layer of width 384", "layer", "layer", WIDTH)))
+PLACES: tuple[tuple[str, str, Form, int], ...] = (
+    ("a linear of 384 x 384", "attention.output", "linear", WIDTH),
+    ("the second matrix of a feed-forward, 1536 to 384", "ffn.out", "linear", INNER),
+    ("a norm of 384", "norm.ffn", "norm", WIDTH),
+    ("a block of width 384", "ffn.block", "block", WIDTH),
+    ("a layer of width 384", "layer", "layer", WIDTH))
+SITES = tuple(Site(path=path, role=role, layer=0, form=form, part="encoder", d_in=d_in,
+                   d_out=WIDTH, heads=12, kv_heads=12) for path, role, form, d_in in PLACES)
 
 
 class Option(NamedTuple):
@@ -41,8 +40,8 @@ class Option(NamedTuple):
 
 def options(family: str, name: str) -> list[Option]:
     """The options of a kind or hyperparameters of a strategy, from the source of its file."""
-    member = catalog.get(family, name)
-    function = member.__init__ if isinstance(member, type) else member
+    member: Any = catalog.get(family, name)
+    function = member.__init__ if family == "deltas" else member
     file = ROOT / "searchpet" / family / f"{name}.py"
     text = file.read_text(encoding="utf-8")
     hints, reasons = get_type_hints(function), _comments(text)
@@ -115,7 +114,7 @@ def price(kind: str) -> str:
         rows.append((site.path, f"{delta.width:,}", f"{cost:,}" if cost else "none"))
     forms = ", ".join(dict.fromkeys(site.form for site in fitting))
     delta = make(kind, fitting[0], {})
-    merges = "not asked for: a mask is removed" if delta.neutral else (
+    merges = "as zeros" if delta.neutral else (
         "yes" if delta.affine(torch.ones(delta.width)) is not None else "no, it is not affine")
     facts = table(("", ""), [
         ("acts at stage", f"`{delta.stage}`"), ("sits on sites of the form", f"{forms}"),
