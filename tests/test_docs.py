@@ -19,6 +19,7 @@ import yaml
 from pydantic import BaseModel
 from typer.main import get_command
 
+import searchpet
 from searchpet import catalog
 from searchpet.apply import Trained
 from searchpet.cli import app
@@ -121,6 +122,13 @@ def test_the_command_line_is_described_whole(hooks: ModuleType) -> None:
         part = text.split(f"## {name}\n")[1].split("\n## ")[0]
         assert all(f"`{opt}`" in part for p in command.params
                    for opt in p.opts if opt.startswith("-"))
+
+
+@pytest.mark.parametrize("name", sorted(set(searchpet.__all__) - {"__version__"}))
+def test_every_public_name_is_described(name: str) -> None:
+    home = getattr(searchpet, name).__module__
+    assert f"::: {home}.{name}\n" in TEXTS["reference/python.md"], (
+        f"docs/reference/python.md must have a line ::: {home}.{name}")
 
 
 MODELS = {

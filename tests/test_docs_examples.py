@@ -44,7 +44,7 @@ def test_every_strategy_has_a_search_that_runs() -> None:
                      if page.stem != "index"}
 
 
-@pytest.mark.parametrize(("page", "command"), searches())
+@pytest.mark.parametrize(("page", "command"), list(searches()))
 def test_a_search_of_a_page_runs(page: str, command: str, place: Path, tmp_path: Path) -> None:
     words = shlex.split(command)[1:]
     strategy = words[words.index("--strategy") + 1] if "--strategy" in words else "bilevel"
