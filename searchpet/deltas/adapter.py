@@ -34,9 +34,9 @@ class Adapter(Delta):
         self,
         site: Site,
         *,
-        bottleneck: int = 8,
-        stage: Place = "sequential",
-        scaling: float = 1.0,
+        bottleneck: int = 8,  # units to choose from; a search keeps some of them
+        stage: Place = "sequential",  # Houlsby's and Pfeiffer's; parallel is He et al.'s
+        scaling: float = 1.0,  # He et al. take 4; the calibrated learning rate cancels it
     ) -> None:
         super().__init__(width=bottleneck)
         self.options: dict[str, Any] = {

@@ -27,7 +27,7 @@ class Blocks(Mask):
         site: Site,
         *,
         rows: int = 1,  # x 4 columns: what torch's block sparsity takes
-        columns: int = 4,
+        columns: int = 4,  # with rows, a tile; the matrix must be a whole number of them
         channels: Groups | None = None,
     ) -> None:
         if site.d_out % rows or site.d_in % columns:

@@ -31,9 +31,9 @@ class Lora(Delta):
         self,
         site: Site,
         *,
-        rank: int = 1,
+        rank: int = 1,  # S3PET's; more atoms on a site are for larger budgets
         alpha: float = 16.0,  # S3PET's; the calibrated learning rate cancels it
-        rank_stabilised: bool = False,
+        rank_stabilised: bool = False,  # the first paper's; True where ranks are high
     ) -> None:
         super().__init__(width=rank)
         self.options: dict[str, Any] = {

@@ -28,7 +28,13 @@ class LowrankAdapter(Delta):
     def fits(cls, site: Site) -> bool:
         return site.form == "block"
 
-    def __init__(self, site: Site, *, reduction: int = 32, glorot: bool = False) -> None:
+    def __init__(
+        self,
+        site: Site,
+        *,
+        reduction: int = 32,  # S3PET's: m = 32 at the width of T5-large, 1024
+        glorot: bool = False,  # True is the authors' init, at which it is not silent
+    ) -> None:
         super().__init__(width=1)
         self.options: dict[str, Any] = {"reduction": reduction, "glorot": glorot}
         self.site = site

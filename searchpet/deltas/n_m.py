@@ -26,8 +26,8 @@ class NM(Mask):
         self,
         site: Site,
         *,
-        n: int = 2,
-        m: int = 4,
+        n: int = 2,  # 2 of 4 is what GPUs speed up
+        m: int = 4,  # neighbours in a row, of which n stay
         channels: Groups | None = None,
     ) -> None:
         if not 0 < n <= m:

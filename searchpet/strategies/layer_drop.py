@@ -17,7 +17,12 @@ MASKS = "prune/layers"  # what it prunes by, unless --masks says otherwise
 VARIANTS = ("alternate", "bottom", "contribution", "symmetric", "top")
 
 
-def search(problem: Problem, *, variant: str = "contribution", pet: str = "bilevel") -> Ranking:
+def search(
+    problem: Problem,
+    *,
+    variant: str = "contribution",
+    pet: str = "bilevel",  # the strategy that searches PET on what is left
+) -> Ranking:
     """Drop layers within the limit on inference, then search PET units within theirs."""
     if variant not in VARIANTS:
         raise unknown("variant of layer_drop", variant, VARIANTS)

@@ -23,9 +23,9 @@ def search(
     problem: Problem,
     *,
     score: str = "gate",  # sees the trained PET; weights alone do not
-    allocation: str = "per_cost",
-    batches: int = 8,
-    pet: str = "bilevel",
+    allocation: str = "per_cost",  # units differ in size, and removing them in what it saves
+    batches: int = 8,  # calibration batches; scores settle after a few
+    pet: str = "bilevel",  # the strategy that searches PET on the whole model
 ) -> Ranking:
     """PET units first, then the prune units within the limit on inference.
 
