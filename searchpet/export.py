@@ -238,7 +238,7 @@ def to_merged(loaded: Loaded, spec: Spec, folder: Path) -> dict[str, Any]:
         say_sizes(model)
     model.name_or_path = model.config._name_or_path = spec.backbone.name
     with quietly():
-        model.save_pretrained(folder)
+        type(model).save_pretrained(model, folder)  # an applied model's own refuses what is merged
         again, info = type(model).from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True,
             dtype=torch.float32)

@@ -81,7 +81,8 @@ class Saver:
         applied = hasattr(model, "searchpet")
         if self.dense is not None and not applied:
             raise InputError("a merged model with units removed has weights that from_pretrained "
-                             "cannot build; save it before merging, or keep the run")
+                             "cannot build; save it before merging, or take `searchpet export RUN "
+                             "--format merged`, which says its sizes where a config can")
         if Path(save_directory).is_file():
             raise InputError(f"save_pretrained must be given a folder, but {save_directory} is a "
                              "file")
