@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from searchpet.question import Question
 from searchpet.roster import root, standing, trials_of
 from searchpet.run import RunFolder
 from searchpet.spec import Spec
-from searchpet.study import storage_of
+from searchpet.study import reason, storage_of
 from searchpet.worker import REUSED, RUN
 
 FILES = ("spec.json", "delta.safetensors", "masks.safetensors", "training.json", "log.jsonl",
@@ -32,10 +33,18 @@ S3 = "s3://"
 def open_store(where: str) -> Any:
     """The artifact store at a folder or an `s3://BUCKET`.
 
-    Raises InputError for a bucket without boto3.
+    Raises InputError for a bucket without boto3, another sort of address, and a folder that
+    cannot be written.
     """
     if not where.startswith(S3):
-        Path(where).mkdir(parents=True, exist_ok=True)
+        if "://" in where:
+            raise InputError(f"--artifacts must be a folder or s3://BUCKET, but got {where}")
+        try:
+            Path(where).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=where).close()
+        except OSError as error:
+            raise InputError(f"--artifacts must be a folder that can be written, but {where}: "
+                             f"{error.strerror}; name another") from error
         return optuna.artifacts.FileSystemArtifactStore(where)
     try:
         with warnings.catch_warnings():
@@ -47,14 +56,23 @@ def open_store(where: str) -> Any:
 
 
 def keep(study: Study, question: Question, where: str, trial: Trial, run: Path) -> None:
-    """Store a finished trial's files, if it may become the best one."""
+    """Store a finished trial's files, if it may become the best one.
+
+    Raises OSError where the store does not take them: no fault of the trial, which is to be
+    repeated from its files.
+    """
     if len(question.metrics) == 1 and not _leads(study, trial):
         return
-    store = open_store(where)
-    for name in FILES:
-        if (run / name).is_file():
-            optuna.artifacts.upload_artifact(
-                artifact_store=store, file_path=str(run / name), study_or_trial=trial)
+    try:
+        store = open_store(where)
+        for name in FILES:
+            if (run / name).is_file():
+                optuna.artifacts.upload_artifact(
+                    artifact_store=store, file_path=str(run / name), study_or_trial=trial)
+    except OSError as error:  # a full disk's own does not say where
+        raise OSError(error.errno, error.strerror, where) from error
+    except Exception as error:  # each sort of store has errors of its own
+        raise OSError(f"{where} must take the files of a trial, but: {reason(error)}") from error
 
 
 def _leads(study: Study, trial: Trial) -> bool:
@@ -70,8 +88,11 @@ def winner(study: Study, question: Question) -> FrozenTrial:
     Raises InputError where no trial has finished, or none within the limits.
     """
     done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
+    now = standing(study)
+    if not now.finished:
+        raise InputError(f"a study must have a finished trial, but {study.study_name} has none "
+                         "yet; go on with --resume, and more time if it had a --timeout")
     if not done:
-        now = standing(study)
         failures = [t.user_attrs["failure"] for t in trials_of(study) if "failure" in t.user_attrs]
         why = f": {failures[-1]}" if failures else ""
         raise InputError(f"a study must have a finished trial, but {study.study_name} has "
@@ -141,6 +162,9 @@ def _download(study: Study, metas: Sequence[Any], out: RunFolder) -> None:
             except ArtifactNotFound as error:
                 raise InputError(f"artifacts must hold {meta.filename}, but {where} does not; "
                                  "name the right place with --artifacts") from error
+            except Exception as error:  # each sort of store has errors of its own
+                raise InputError(f"artifacts must be within reach, but {where}: {reason(error)}"
+                                 ) from error
 
 
 def _whole(target: Path, write: Callable[[Path], Any]) -> None:

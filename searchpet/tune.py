@@ -17,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from searchpet.ask import STRATEGY, Ask
-from searchpet.collect import STORE, fetch, front, keep, winner
+from searchpet.collect import STORE, fetch, front, keep, open_store, winner
 from searchpet.engine import Result, default_out, evaluate, latencies, values_of
 from searchpet.errors import InputError, shown
 from searchpet.latency import Table
@@ -104,6 +104,8 @@ def tune(
             f"their end: with {chosen.steps}, every trial runs to its end")
     if storage and not storage.startswith(("sqlite:", "journal:")):
         open_storage(storage)  # it must answer before anything is written
+    if artifacts:
+        open_store(artifacts)
     folder = RunFolder(out or default_out(chosen, replace(ask, strategy="tune")))
     folder.start(written(question), resume)
     session = open_session(chosen, listener)
@@ -123,6 +125,10 @@ def tune(
         run_workers(crew, made, say)
     else:
         _worker(made, question, session, folder.path, say).work()
+    if (ended := standing(made).finished) < trials:
+        within = f" within --timeout {timeout}" if timeout else ""
+        say(f"{ended} of {trials} trials have ended{within}; repeat the command with --resume to "
+            "go on")
     return finish(made, question, session, folder, test)
 
 

@@ -82,6 +82,8 @@ def finished(values: Mapping[str, Any], path: Path) -> Iterable[Any]:
     if values["spec_hash"]:
         yield f"\nnext: {shlex.join(['searchpet', 'show', str(path)])}"
         yield f"      {shlex.join(['searchpet', 'predict', str(path)])} FILE"
+    if (path / "study.db").is_file():
+        yield f"      {shlex.join(['searchpet', 'trials', str(path)])}"
 
 
 def saved(path: Path) -> Table:

@@ -122,7 +122,7 @@ class Worker:
             # the first: it was taken for dead, and somebody repeats it
             with suppress(optuna.exceptions.UpdateFinishedTrialError):
                 self.study.optimize(objective, n_trials=1, catch=(InputError, Surplus))
-        except KeyboardInterrupt:
+        except BaseException:  # Ctrl-C, a full disk: not the trial's fault
             if running:
                 again(self.study, _frozen(self.study, running[0].number))
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -305,6 +306,39 @@ def test_ctrl_c_gives_the_running_trial_back(place: Path) -> None:
     assert standing(join("sqlite:///stopped/study.db", None)).finished == 6
 
 
+def test_a_study_whose_time_is_over_says_so_and_goes_on(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*QUICK, "--trials", "4", "--out", "late"]
+    capsys.readouterr()
+    assert cli.main([*words, "--timeout", "0.001s"]) == 2
+    said = capsys.readouterr().err
+    assert "0 of 4 trials have ended within --timeout 0.001s; repeat the command with" in said
+    assert "error: a study must have a finished trial, but late has none yet; go on with" in said
+    assert cli.main([*words, "--resume"]) == 0
+    assert "trials have ended" not in capsys.readouterr().err
+    assert standing(join("sqlite:///late/study.db", None)).finished == 4
+
+
+def test_a_full_store_costs_no_trial(place: Path, capsys: pytest.CaptureFixture[str],
+                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [*QUICK, "--trials", "3", "-q"]
+    assert cli.main([*words, "--out", "roomy"]) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        def full(**_: Any) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        patch.setattr("searchpet.collect.optuna.artifacts.upload_artifact", full)
+        assert cli.main([*words, "--out", "full"]) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch("error: No space left on device: .*/full/artifacts; free some disk space; "
+                        "what was written before is kept; to continue: .* --resume\n", said)
+    assert standing(join("sqlite:///full/study.db", None)).waiting == 1
+    assert cli.main([*words, "--out", "full", "--resume"]) == 0
+    assert outcome(trials("full")) == outcome(trials("roomy"))
+
+
 @pytest.mark.parametrize("storage", ["sqlite:///jobs/study.db", "journal:jobs/study.log"])
 def test_killed_workers_lose_no_trial(place: Path, storage: str) -> None:
     (place / "jobs").mkdir(exist_ok=True)
@@ -428,6 +462,8 @@ def test_a_worker_joins_and_another_place_collects(place: Path) -> None:
     (["--storage", "mysterydb://x"], "--storage must be sqlite"),
     (["--storage", "postgresql://me:secret@127.0.0.1:1/x"], "--storage must be"),
     (["--storage", "grpc://nowhere"], "grpc://HOST:PORT"),
+    (["--artifacts", "gs://bucket"], "--artifacts must be a folder or s3://BUCKET, but got gs:"),
+    (["--artifacts", "films/train.jsonl"], "must be a folder that can be written, but films/tr"),
     (["--worker"], "--storage must say where the study is"),
     (["--worker", "--collect", "--storage", "sqlite:///x.db"], "give one of them"),
     (["--worker", "--storage", "sqlite:///empty.db"], "--study must say which of no studies"),
