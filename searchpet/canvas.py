@@ -23,6 +23,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import NullFormatter
 
 from searchpet.errors import unknown
+from searchpet.run import RunFolder
 
 P = ParamSpec("P")
 BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
@@ -179,11 +180,5 @@ def save(figure: Figure, path: str | Path) -> Path:
     target = Path(path)
     content = picture(figure, target.suffix.lower().lstrip(".") or "none")
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    RunFolder(target.parent).write_bytes(target.name, content)
     return target

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import shlex
 from collections.abc import Sequence
 from typing import TypeGuard
 
+from searchpet import launch
 from searchpet.errors import InputError, shown
 
 RESUMABLE = ("search", "train", "transfer", "tune")
@@ -37,7 +40,7 @@ def continuation(words: Sequence[str]) -> str:
     """How to go on with a command that was cut off."""
     if words and words[0] in RESUMABLE:
         resumed = [*words, *([] if "--resume" in words else ["--resume"])]
-        return f"; to continue: {shlex.join(['searchpet', *map(shown, resumed)])}"
+        return f"; to continue: {shlex.join([*launch.program(), *map(shown, resumed)])}"
     if words and words[0] == "grid":
         return "; repeat the command to continue"
     return ""
@@ -52,10 +55,12 @@ def _out_of_memory(error: Exception) -> bool:
 def _system(error: Exception) -> str | None:
     """What the system refused and where: disk full, permission denied, ..."""
     if isinstance(error, OSError):
-        where = f": {error.filename}" if error.filename else ""
+        name = error.filename2 or error.filename  # of two, where it was to go
+        where = f": {name}" if name else ""
         advice = "; free some disk space" if error.errno == errno.ENOSPC else ""
         return f"{error.strerror or error}{where}{advice}"
-    return None
+    rust = re.search(r"\(os error (\d+)\)$", str(error))  # as safetensors and tokenizers say it
+    return _system(OSError(int(rust[1]), os.strerror(int(rust[1])))) if rust else None
 
 
 def _storage(error: BaseException | None) -> str | None:

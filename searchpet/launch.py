@@ -44,6 +44,15 @@ def leader() -> bool:
     return not several() or os.environ.get("RANK") == "0"
 
 
+def program() -> list[str]:
+    """The words that a command line like this one's begins with."""
+    if not several():
+        return ["searchpet"]
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    each = ["--nproc-per-node", here] if here == os.environ["WORLD_SIZE"] else ["..."]
+    return ["torchrun", *each, "-m", "searchpet"]  # of several machines, each has its own options
+
+
 def enter(words: Sequence[str]) -> None:
     """Before a command line is read: meet the others.
 

@@ -54,6 +54,8 @@ def write_onnx(model: nn.Module, example: dict[str, Tensor], folder: Path) -> Pa
                 _Logits(model.eval(), list(example)), tuple(example.values()), target,
                 input_names=list(example), output_names=["logits"], dynamic_shapes=(axes,),
                 dynamo=True, external_data=large, verbose=False)
+    except OSError:  # a full disk, say
+        raise
     except Exception as error:  # the exporter can fail in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError("a model must be one that torch can trace for ONNX, but "

@@ -6,10 +6,10 @@ while a stage is under way its checkpoint, NAME.checkpoint.safetensors.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -109,7 +109,10 @@ class RunFolder:
         self.write_text(name, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
     def write_text(self, name: str, text: str) -> None:
-        self._replace(name, lambda partial: partial.write_text(text, encoding="utf-8"))
+        self.write_bytes(name, text.encode())
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        self._replace(name, lambda partial: partial.write_bytes(content))
 
     def read_json(self, name: str) -> Any:
         """Raises InputError when the file is absent or not JSON."""
@@ -133,7 +136,7 @@ class RunFolder:
                       metadata: Mapping[str, str] | None = None) -> None:
         own = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
         # save_file would make it readable by its owner alone
-        self._replace(name, lambda partial: partial.write_bytes(save(own, dict(metadata or {}))))
+        self.write_bytes(name, save(own, dict(metadata or {})))
 
     def digest(self, name: str) -> str:
         """sha256 of a file, in hex."""
@@ -169,9 +172,10 @@ class RunFolder:
             write(partial)
             os.replace(partial, target)
         except BaseException as error:
-            partial.unlink(missing_ok=True)
-            if code := _system_code(error):  # say where: a full disk's own error does not
-                raise OSError(code, os.strerror(code), str(target)) from error
+            with contextlib.suppress(OSError):  # as where nothing may be written
+                partial.unlink(missing_ok=True)
+            if isinstance(error, OSError):  # say where: a full disk's own error does not
+                raise OSError(error.errno, error.strerror, str(target)) from error
             raise
 
 
@@ -254,14 +258,6 @@ class StageLoop:
         tensors, meta = self.folder.read_tensors(self.file)
         unpack(self.state, tensors, json.loads(meta["plain"]))
         return int(meta["step"])
-
-
-def _system_code(error: BaseException) -> int | None:
-    """What the system refused, also where safetensors wraps it; None for other errors."""
-    if isinstance(error, SafetensorError):
-        match = re.search(r"os error (\d+)", str(error))
-        return int(match[1]) if match else None
-    return error.errno if isinstance(error, OSError) else None
 
 
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

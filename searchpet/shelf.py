@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.errors import InputError
+from searchpet.landing import landing
 from searchpet.run import RunFolder
 from searchpet.spec import SHIPPED, Spec, first_problem, located
 
@@ -152,11 +153,9 @@ def _place(new: Path, shelf: Path) -> None:
     if (shelf / new.name).exists():
         raise InputError(f"a name must be free on the shelf, but {shelf / new.name} is there; "
                          "give another --name, or delete it")
-    shelf.mkdir(parents=True, exist_ok=True)
-    partial = shelf / f".{new.name}.partial"
-    shutil.rmtree(partial, ignore_errors=True)  # of one that was cut off
-    shutil.copytree(new, partial)
-    partial.replace(shelf / new.name)
+    with landing(shelf / new.name) as partial:
+        for file in new.iterdir():
+            shutil.copyfile(file, partial / file.name)
 
 
 def _known(folder: Path, path: Path, spec: Spec) -> dict[str, Any]:

@@ -4,6 +4,7 @@ sit where on which backbone, under which budget, and how it came about.  No tens
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -185,8 +186,13 @@ class Spec(_Frozen):
         """Write the spec.  Overwrites a file, never half of it."""
         target = Path(path)
         partial = target.with_name(target.name + ".partial")
-        partial.write_text(self.text(), encoding="utf-8")
-        partial.replace(target)
+        try:
+            partial.write_text(self.text(), encoding="utf-8")
+            partial.replace(target)
+        except OSError as error:  # a full disk's own does not say where
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise OSError(error.errno, error.strerror, str(target)) from error
 
     @classmethod
     def load(cls, path: str | Path) -> Spec:

@@ -166,7 +166,7 @@ def write(study: Study, question: Question, out: str | Path) -> list[Path]:
     folder.path.mkdir(parents=True, exist_ok=True)
     drawn = figures(study, question)
     for name, png in drawn.items():
-        (folder.path / f"{name}.png").write_bytes(png)
+        folder.write_bytes(f"{name}.png", png)
     images = {name: base64.b64encode(png).decode() for name, png in drawn.items()}
     folder.write_text("study.html", render(
         "study.html", s=summary(study, question), figures=images))

@@ -123,6 +123,7 @@ def run_workers(crew: Crew, study: Study, say: Callable[[str], None]) -> None:
     except BaseException:
         watch.stop()
         raise
+    take_back(study)  # of a worker that was killed too often
     if all(member.process.returncode for member in watch.members):
         words = _log(crew, 0).read_text(encoding="utf-8").strip().splitlines() or ["no word"]
         raise InputError(f"workers must end well, but all of {crew.jobs} failed, the first with: "

@@ -453,7 +453,7 @@ def test_a_full_disk_is_named(home: Path, say: Any, monkeypatch: pytest.MonkeyPa
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")  # a write's own error names no file
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     said = say("search", *JOB, "--out", "full-disk", "--quiet")
     wrong(said, "No space left on device: full-disk/settings.json; free some disk space")
     assert list(Path("full-disk").iterdir()) == []

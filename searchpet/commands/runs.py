@@ -38,6 +38,7 @@ def predict(
 ) -> None:
     """Label new texts with a trained run."""
     from searchpet.engine import predict as label
+    from searchpet.run import RunFolder
     from searchpet.views import lines
 
     if form not in ("jsonl", "csv"):
@@ -46,7 +47,7 @@ def predict(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        out.write_text(text, encoding="utf-8")
+        RunFolder(out.parent).write_text(out.name, text)
 
 
 def show(
