@@ -143,8 +143,9 @@ def _config(source: Source) -> PreTrainedConfig:
         )
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise InputError(
-            f"backbone must be a model that transformers can give a classification head, but "
-            f"{source.name!r} is of type {config.model_type!r}, which has no such class"
+            "backbone must be a model of texts that transformers can give a classification head, "
+            f"but {source.name!r} is of type {config.model_type!r}, which has no such class; take "
+            "another model, such as a BERT or a LLaMA"
         )
     if getattr(config, "quantization_config", None) is not None:
         raise InputError(

@@ -6,6 +6,7 @@ script runs.  For who knows nothing of the run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import re
@@ -78,7 +79,8 @@ def reported(job: Callable[P, Result]) -> Callable[P, Result]:
             try:
                 write(result.path)
             except Exception as error:  # whatever it is, the run itself is done
-                RunFolder(result.path).log(warning=f"{FILE} could not be written: {error!r}")
+                with contextlib.suppress(OSError):
+                    RunFolder(result.path).log(warning=f"{FILE} could not be written: {error!r}")
         return result
 
     return run

@@ -78,8 +78,8 @@ class RunFolder:
                              "add --resume to continue it, or name another")
         if used:
             self._same(settings)
-        else:
-            self.drop("latency.json")  # of other settings, perhaps
+            return
+        self.drop("latency.json")  # of other settings, perhaps
         self.path.mkdir(parents=True, exist_ok=True)
         self.write_json("settings.json", settings)
 

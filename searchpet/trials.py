@@ -103,7 +103,7 @@ def figures(study: Study, question: Question) -> dict[str, bytes]:
     if len(done) > 1:
         plots["importance"] = lambda: drawn.plot_param_importances(
             study, target=_score(question) if several else None, target_name="score")
-    if question.prunes:
+    if question.prunes and len(question.rungs) > 1:
         plots["rungs"] = lambda: drawn.plot_intermediate_values(study)
     if several and done:
         plots |= {"front": lambda: charts.front(*points(study, question)),

@@ -215,7 +215,7 @@ def _known_good(study: Study, question: Question, best: FrozenTrial) -> list[dic
     starts = question.space.starts()
     for trial in trials_of(study):
         if (trial.params in starts and trial.number != best.number and trial.values
-                and REUSED not in trial.user_attrs):
+                and trial.user_attrs.get(REUSED) is None):
             strategy = str(trial.params.get("strategy", "start"))
             rows.append({
                 "name": "defaults" if trial.params == starts[0] else strategy,

@@ -296,7 +296,8 @@ def study(found: Mapping[str, Any]) -> Iterable[Any]:
            f"{found['failed']} failed, {found['running']} running, of {found['wanted']} trials")
     yield ""
     yield table("trial", "state", *found["metrics"], "steps", "seconds", left=2, rows=[
-        [f"{t['number']}{' *' if t['number'] in found['front'] else ''}", t["state"],
+        [f"{t['number']}{' *' if t['number'] in found['front'] else ''}",
+         t["state"] + ("" if t["reused"] is None else f", as trial {t['reused']}"),
          *(_value(name, t.get(name)) for name in found["metrics"]), t["steps"], t["seconds"]]
         for t in found["trials"]])
     if found["front"]:

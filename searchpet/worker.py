@@ -51,7 +51,7 @@ from searchpet.spec import Spec
 from searchpet.study import pruner, sampler
 from searchpet.tunefile import Knob, TuneFile
 
-REUSED = "reused"  # trial attribute: the trial whose score was taken over
+REUSED = "reused"  # trial attribute: the trial whose last score was taken over; or None
 RUN = "run"  # trial attribute: the folder of its last rung, in the study's folder
 PAUSE = 1.0  # seconds between looks at whether another worker's trial has ended or died
 
@@ -162,8 +162,10 @@ class Worker:
         done = now.finished + 1
         pace = (time.time() - self._began) / max(1, done - self._first)
         left = max(0.0, min(pace * (wanted - done), self.deadline - time.time()))
+        reused = trial.user_attrs.get(REUSED)
+        same = "" if reused is None else f", that of trial {reused}: not trained again"
         self.say(f"[{done}/{wanted}, about {left / 60:.0f} min left] trial {trial.number}: {what}"
-                 f"{self._best()}")
+                 f"{same}{self._best()}")
 
     def _best(self) -> str:
         """What the trials before have come to."""
@@ -243,6 +245,8 @@ class Worker:
             trial.set_user_attr(key, known.user_attrs[key])
             return spec, float(known.user_attrs[key])
         score = float(once.train(session, folder, spec, seed)["validation_score"])
+        if REUSED in trial.user_attrs:  # of a rung before this one
+            trial.set_user_attr(REUSED, None)
         trial.set_user_attr(key, score)
         return spec, score
 

@@ -21,7 +21,7 @@ from searchpet.spec import Spec
 from tests.laws import families as tiny
 
 module: Any = sys.modules["searchpet.export"]  # of that name the package offers the function
-FAMILIES = ["albert", "bert", "gpt2", "gpt_neox", "llama", "t5", "vit"]
+FAMILIES = ["albert", "bert", "gpt2", "gpt_neox", "llama", "roberta", "t5", "vit"]
 BARE = ("llama", "t5")  # norms without a bias
 MIXES: dict[str, list[dict[str, Any]]] = {
     "lora": [{"kind": "lora", "options": {"rank": 3}}],

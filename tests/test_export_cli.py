@@ -136,8 +136,20 @@ def test_wrong_words(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_a_mismatch_deletes_the_export(home: Path, say: Any, monkeypatch: pytest.MonkeyPatch,
                                        ) -> None:
-    monkeypatch.setattr(sys.modules["searchpet.export"], "effective", lambda *_: 1)
-    wrong(say("whole", "--out", "x"), "that are not 0, but ", "found in it; it was deleted")
+    module: Any = sys.modules["searchpet.export"]
+    adapters, count = [], module.effective
+
+    def one_more(adapter: Any, *given: Any) -> int:
+        adapters.append(adapter)
+        return int(count(adapter, *given)) + 1
+
+    monkeypatch.setattr(module, "effective", one_more)
+    said = say("whole", "--out", "x")
+    wrong(said, "of the structure that are not 0, but ", "found in it; it was deleted")
+    there, found = (int(n.replace(",", "")) for n in re.findall("the ([0-9,]+) n|but ([0-9,]+) w",
+                                                                said[2]) for n in n if n)
+    assert 0 < there <= Spec.load("whole").budget.used
+    assert found == there + len(adapters)  # one too many of each
     assert not [p for p in home.iterdir() if p.name == "x" or "partial" in p.name]
 
 

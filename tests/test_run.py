@@ -19,6 +19,19 @@ from tests.laws.problems import problem
 # --- files ---
 
 
+def test_a_run_that_goes_on_writes_nothing_at_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a finished one can be shown where nothing may be written."""
+    folder = RunFolder(tmp_path)
+    folder.start({"a": 1}, resume=False)
+    folder.write_json("result.json", {})
+    monkeypatch.setattr(Path, "write_bytes", None)
+    folder.start({"a": 1}, resume=True)
+    with pytest.raises(InputError, match="must continue the same run"):
+        folder.start({"a": 2}, resume=True)
+
+
 class Killed(RuntimeError):
     """Stands for whatever ends a process in the middle."""
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -34,8 +35,10 @@ from searchpet.roster import (
     trials_of,
     unclaimed,
 )
+from searchpet.run import RunFolder
 from searchpet.spec import Spec
 from searchpet.study import join, open_storage, sampler
+from searchpet.worker import REUSED, Worker
 from tests.commands import ROOT, workplace
 
 SMALL = ["--model", "tiny", "--task", "films", "--budget", "5%", "--steps", "80",
@@ -178,7 +181,8 @@ def test_the_same_settings_are_not_run_twice(place: Path) -> None:
         assert not (place / "twice" / "trials" / f"{trial.number:04d}").exists()
 
 
-def test_a_structure_is_not_trained_twice(place: Path) -> None:
+def test_a_structure_is_not_trained_twice(place: Path, capsys: pytest.CaptureFixture[str],
+                                          ) -> None:
     (place / "shares.toml").write_text(FAST.replace("[0.1, 0.3, 0.03]", "[0.1]") + '''
 [[knob]]
 name = "layers"
@@ -196,6 +200,30 @@ layers = "first 100%"
     assert first.value == second.value
     assert not list((place / "same" / "trials" / "0001").rglob("delta.safetensors"))
     assert Spec.load("same").hash == first.user_attrs["spec_hash"]
+    capsys.readouterr()
+    assert cli.main(["trials", "same", "--out", "same-figures"]) == 0
+    assert "complete, as trial 0" in capsys.readouterr().out
+    assert not Path("same-figures/rungs.png").exists()  # there was one rung alone
+
+
+def test_a_score_taken_over_before_the_last_rung_is_no_reuse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same structure after 20 steps, another after 80."""
+    spec = Spec.load("searchpet:minilm-agreement-0.01")
+    study = optuna.create_study()
+    first, second = study.ask(), study.ask()
+    first.set_user_attr(f"{spec.hash[:16]} tau 0.1 steps 20", 0.7)
+    monkeypatch.setattr("searchpet.worker.once.find", lambda *_: (spec, 0.0))
+    monkeypatch.setattr("searchpet.worker.once.train", lambda *_: {"validation_score": 0.9})
+    session: Any = SimpleNamespace(settings=SimpleNamespace(seed=0, tau=0.1, steps=20))
+    nothing: Any = None
+    worker = Worker(nothing, study, session, tmp_path)
+    assert worker._rung(second, RunFolder(tmp_path), nothing)[1] == 0.7
+    assert second.user_attrs[REUSED] == 0
+    session.settings.steps = 80
+    assert worker._rung(second, RunFolder(tmp_path), nothing)[1] == 0.9
+    assert second.user_attrs[REUSED] is None
 
 
 def test_worse_trials_are_pruned_after_few_steps(place: Path) -> None:

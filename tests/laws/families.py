@@ -31,6 +31,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "llama": GATED,
     "gemma": GATED,
     "qwen3": TEXT | {"num_key_value_heads": 2, "head_dim": 8},  # norms of queries and keys
+    "roberta": TEXT,  # its head has a hidden layer, its positions begin after the padding's
     "t5": {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2,
            "vocab_size": WORDS, "pad_token_id": 0, "eos_token_id": 1,
            "decoder_start_token_id": 0},
