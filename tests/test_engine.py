@@ -295,6 +295,13 @@ def test_a_training_in_vain_says_so(
             "training ended at 0.5000 on validation, below the 0.8000 that it began with; try a ")
 
 
+def test_after_a_sweep_none_is_advised() -> None:
+    row = {"start_score": 0.8, "validation_score": 0.5}
+    spec: Any = object()
+    assert "train SPEC --sweep" in engine._in_vain(spec, {**row, "sweep": []})[0]
+    assert "--sweep" not in engine._in_vain(spec, {**row, "sweep": [[0.1, 0.5]]})[0]
+
+
 @pytest.mark.parametrize("reference", ["full", "head"])
 def test_references_train_everything_or_the_head_alone(
     reference: str, common: dict[str, Any], tmp_path: Path
