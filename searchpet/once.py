@@ -16,9 +16,10 @@ from searchpet.inherit import FILE as INHERITED
 from searchpet.launch import follow
 from searchpet.propose import propose
 from searchpet.run import RunFolder
-from searchpet.session import Outcome, Session
+from searchpet.session import Session
 from searchpet.spacefile import toml
 from searchpet.spec import Spec
+from searchpet.train import Outcome
 
 
 def find(session: Session, folder: RunFolder, ask: Ask, seed: int) -> tuple[Spec, float]:

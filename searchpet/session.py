@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,35 +39,11 @@ from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.settings import TAU, Settings
 from searchpet.spec import Spec
 from searchpet.task import Split, Task, load_task
-from searchpet.train import Recipe, evaluate, fit, logits_of, loss_of
+from searchpet.train import Outcome, Recipe, evaluate, fit, logits_of, loss_of
 
 FULL_LR = 1e-3  # x tau = 1e-4 for full fine-tuning, the usual rate for a small encoder
 SWEEP = (1 / 3, 1.0, 3.0)  # factors on tau that `--sweep` tries
 PROBE_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished training: validation score, test metrics if asked for, counts, time.
-
-    removed: whether what the spec prunes was really taken out; False if masked or nothing.
-    tensors: sha256 of delta.safetensors, where one was written.
-    start: the validation score that training began with.
-    history: (step, validation score) of each evaluation, the first before any step.
-    """
-
-    score: float
-    metrics: dict[str, float]
-    test: dict[str, float] | None
-    trainable: int
-    head: int
-    tau: float
-    step: int
-    seconds: float
-    removed: bool = False
-    tensors: str | None = None
-    start: float | None = None
-    history: tuple[tuple[int, float], ...] = ()
 
 
 class Session:
