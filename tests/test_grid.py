@@ -225,7 +225,7 @@ methods = ["bilevel", { name = "from", strategy = "bilevel", on = "films" },
     found = sorted(str(path.relative_to(work)) for path in work.rglob("spec.json"))
     assert found == ["films,plays/40/bilevel/structure-0/spec.json",
                      "films/40/bilevel/structure-0/spec.json",
-                     "plays/40/bilevel/structure-0/spec.json"]  # named by who would search so first
+                     "plays/40/bilevel/structure-0/spec.json"]  # `both` has it there
     assert [Spec.load(work / path).provenance["task"] for path in found] == [
         "films,plays", "films", "plays"]
     rows = lines(home / "across")
