@@ -8,12 +8,14 @@
     methods = ["full", "uniform:bias", "default", { name = "random", structures = 3 }]
 
 A method is a name or a table with `name`, `strategy`, `space`, `set`, `structures`, `budget`,
-`masks`, `distill`, `recovery` and `inherit`.  With `keep_flops = ["60%"]` methods prune as well,
-but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true` trains
-its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }` says on
-what else; `inherit = true` starts the trainings from what the search has learned.  Methods that
-differ in such trainings alone share their structures: the search is done once.  Names that mean
-something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on the space
+`masks`, `distill`, `recovery`, `inherit` and `on`.  With `keep_flops = ["60%"]` methods prune as
+well, but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true`
+trains its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }`
+says on what else; `inherit = true` starts the trainings from what the search has learned;
+`on = "trec6"` takes the structures that are found on that task, or on several (`a,b`), to every
+task of the grid.  Methods that differ in such trainings alone share their structures: the search
+is done once.  Names that mean something: `full`, `head` and `peft_default` (references, without a
+budget), `adalora` and `kappa` (PEFT's, within the budget), every strategy, `s3pet` (on the space
 `s3pet_mix`), and `default`: what the command line does with no choice made.
 """
 
@@ -29,6 +31,7 @@ from searchpet.ask import STRATEGY, Ask, hyperparameters
 from searchpet.budget import Budget
 from searchpet.errors import InputError
 from searchpet.inherit import must_learn
+from searchpet.outside import NAMES, OWN_SIZE, needs_peft
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
 from searchpet.settings import Settings
@@ -36,7 +39,8 @@ from searchpet.spacefile import read_space
 from searchpet.spec import first_problem
 from searchpet.teach import losses
 
-REFERENCES = {"full": 1.0, "head": 0.0}  # trained without a budget -> the budget in their lines
+# trained without a budget -> the budget in their lines; None: their own size
+REFERENCES = {"full": 1.0, "head": 0.0, **dict.fromkeys(OWN_SIZE)}
 NAMED = {"default": (STRATEGY, None), "s3pet": ("s3pet", "s3pet_mix")}  # strategy, space
 
 
@@ -53,7 +57,18 @@ class Method(BaseModel):
     distill: bool = False
     recovery: dict[str, float | str] = {}  # weights of the losses and their options
     inherit: bool = False
+    on: str = ""  # the task that structures are found on; "": the one that they are trained on
     budget: str | int | None = None  # instead of the grid's
+
+    @property
+    def reference(self) -> bool:
+        """Whether it takes no budget."""
+        return self.name in REFERENCES
+
+    @property
+    def searches(self) -> bool:
+        """Whether a strategy finds its structures; else it is trained as it is."""
+        return not self.reference and self.name not in NAMES
 
     def resolved(self) -> tuple[str, str | None]:
         """Strategy and space; what is not given follows from the name."""
@@ -68,7 +83,7 @@ class Method(BaseModel):
         """What differs from the defaults of pruning and training."""
         masks = [] if self.masks is None else [self.masks]
         flags = [name for name in ("distill", "inherit") if getattr(self, name)]
-        own = [value for value in (self.recovery, self.budget) if value]
+        own = [value for value in (self.recovery, self.budget, self.on) if value]
         return [*masks, *flags, *own]
 
 
@@ -112,11 +127,11 @@ class GridFile(BaseModel):
         prune = prune_to(keep, None, None, method.masks, strategy) if prunes else None
         return Ask(strategy, space or self.space, method.set, budget, prune=prune)
 
-    def searched_by(self, method: Method, budget: str, keep: str) -> Method:
-        """The first method that asks for the same search: it is done once for all of them."""
+    def searched_by(self, method: Method, task: str, budget: str, keep: str) -> Method:
+        """The first method that asks for the same search on `task`: one is done for all."""
         ask = self.ask(method, budget, keep)
         return next(m for m in self.methods
-                    if m.name not in REFERENCES and self.ask(m, budget, keep) == ask)
+                    if m.searches and m.on in ("", task) and self.ask(m, budget, keep) == ask)
 
     def settings(self, task: str, data: str | None) -> Settings:
         """What a session on `task` needs.  Raises InputError for a value out of range."""
@@ -142,13 +157,16 @@ def read_grid(path: str | Path) -> GridFile:
     except ValidationError as error:
         raise InputError(f"grid {path}: {first_problem(error)}") from error
     for method in grid.methods:
-        if method.name not in REFERENCES:
+        if method.name in NAMES:
+            _as_it_is(method)
+        if method.searches:
             ask = grid.ask(method, "1", None)
             hyperparameters(ask.strategy, ask.set)
             read_space(ask.named_space)
             method.terms()
             if method.inherit:
                 must_learn(ask.strategy)
+                _on_its_task(method)
             for keep in grid.keep_flops:
                 if (prune := grid.ask(method, "1", keep).prune) is not None:
                     read_space(prune.masks)
@@ -158,3 +176,20 @@ def read_grid(path: str | Path) -> GridFile:
         Settings(tau=tau, steps=grid.steps, batch_size=grid.batch_size,
                  accumulate=grid.accumulate, precision=grid.precision)
     return grid
+
+
+def _as_it_is(method: Method) -> None:
+    """Raise InputError for another library's method that is not there, or is asked for more."""
+    needs_peft(method.name)
+    allowed = {"name"} if method.reference else {"name", "budget"}
+    if more := sorted(method.model_fields_set - allowed):
+        raise InputError(f"method {method.name} is another library's and takes "
+                         f"{' and '.join(sorted(allowed))} alone, but has {', '.join(more)}; drop "
+                         "it, or give your method another name")
+
+
+def _on_its_task(method: Method) -> None:
+    """Raise InputError where deltas, and a head, of one task would be those of another."""
+    if method.on:
+        raise InputError(f"method {method.name} must either inherit what its search has learned "
+                         f"or take structures from {method.on}, but has both; drop one")
