@@ -69,9 +69,9 @@ def keep(study: Study, question: Question, where: str, trial: Trial, run: Path) 
             if (run / name).is_file():
                 optuna.artifacts.upload_artifact(
                     artifact_store=store, file_path=str(run / name), study_or_trial=trial)
-    except OSError as error:  # a full disk's own does not say where
-        raise OSError(error.errno, error.strerror, where) from error
     except Exception as error:  # each sort of store has errors of its own
+        if isinstance(error, OSError) and error.errno:  # a full disk's does not say where
+            raise OSError(error.errno, error.strerror, where) from error
         raise OSError(f"{where} must take the files of a trial, but: {reason(error)}") from error
 
 

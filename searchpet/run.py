@@ -174,7 +174,7 @@ class RunFolder:
         except BaseException as error:
             with contextlib.suppress(OSError):  # as where nothing may be written
                 partial.unlink(missing_ok=True)
-            if isinstance(error, OSError):  # say where: a full disk's own error does not
+            if isinstance(error, OSError) and error.errno:  # a full disk's does not say where
                 raise OSError(error.errno, error.strerror, str(target)) from error
             raise
 

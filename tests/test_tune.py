@@ -354,12 +354,17 @@ def test_a_full_store_costs_no_trial(place: Path, capsys: pytest.CaptureFixture[
     assert cli.main([*words, "--out", "roomy"]) == 0
     capsys.readouterr()
     with monkeypatch.context() as patch:
-        def full(**_: Any) -> None:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        def fail(**_: Any) -> None:
+            raise error
 
-        patch.setattr("searchpet.collect.optuna.artifacts.upload_artifact", full)
+        patch.setattr("searchpet.collect.optuna.artifacts.upload_artifact", fail)
+        error: Exception = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         assert cli.main([*words, "--out", "full"]) == 2
-    said = capsys.readouterr().err
+        said = capsys.readouterr().err
+        error = RuntimeError("the bucket does not exist")  # each store has errors of its own
+        assert cli.main([*words, "--out", "full", "--resume"]) == 2
+    assert re.match("error: .*/artifacts must take the files of a trial, but: the bucket does not "
+                    "exist; what was", capsys.readouterr().err)
     assert re.fullmatch("error: No space left on device: .*/full/artifacts; free some disk space; "
                         "what was written before is kept; to continue: .* --resume\n", said)
     assert standing(join("sqlite:///full/study.db", None)).waiting == 1
