@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -14,6 +14,7 @@ from searchpet import catalog
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
 from searchpet.pruning import Prune, with_masks
+from searchpet.site import Site
 from searchpet.space import Space
 from searchpet.spacefile import SpaceFile, read_space, space_names
 from searchpet.strategies import Ranking
@@ -50,12 +51,16 @@ class Ask:
 
     def units(self, model: nn.Module) -> Space:
         """The units on a model: of the space, and of the masks to prune by."""
+        return self.on(discover(model))
+
+    def on(self, sites: Sequence[Site]) -> Space:
+        """`units`, on the sites of a model."""
         own = self.file or read_space(self.named_space)
         if all(catalog.get("deltas", rule.kind).neutral == 1 for rule in own.rule):
             raise InputError(f"a space must have units of PET, but {self.named_space} has masks "
                              "alone; give it to --masks and another one to --space")
         file = with_masks(own, self.prune)
-        return Space(self.named_space, discover(model), file.rule, file.share)
+        return Space(self.named_space, sites, file.rule, file.share)
 
 
 def space_of(strategy: str, space: str | None) -> str:
