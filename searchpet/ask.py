@@ -8,11 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from searchpet import catalog
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
+from searchpet.patterns import patterns
 from searchpet.pruning import Prune, with_masks
 from searchpet.site import Site
 from searchpet.space import Space
@@ -28,6 +30,7 @@ OWN = "space.toml"  # what a space is called that is given itself; it lies besid
 class Ask:
     """What a search is asked for.  `set` holds hyperparameters of the strategy.
 
+    must, forbid: patterns of PET that is kept in any case, or has no place in the space.
     file: the space itself, instead of one by name.
     """
 
@@ -37,6 +40,8 @@ class Ask:
     budget: str = "0.01%"
     count_head: bool = False
     prune: Prune | None = None
+    must: Sequence[str] | None = None
+    forbid: Sequence[str] | None = None
     file: SpaceFile | None = None
 
     @property
@@ -47,7 +52,8 @@ class Ask:
         """Plain values for settings.json."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "file"}
         prune = asdict(self.prune) if self.prune else None
-        return {**plain, "space": self.named_space, "prune": prune}
+        wishes = {name: list(plain[name]) if plain[name] else None for name in ("must", "forbid")}
+        return {**plain, **wishes, "space": self.named_space, "prune": prune}
 
     def units(self, model: nn.Module) -> Space:
         """The units on a model: of the space, and of the masks to prune by."""
@@ -60,7 +66,13 @@ class Ask:
             raise InputError(f"a space must have units of PET, but {self.named_space} has masks "
                              "alone; give it to --masks and another one to --space")
         file = with_masks(own, self.prune)
-        return Space(self.named_space, sites, file.rule, file.share)
+        return Space(self.named_space, sites, file.rule, file.share,
+                     patterns(self.forbid, "--forbid"))
+
+    def required(self, space: Space) -> Tensor | None:
+        """Units that must be kept: bool (units,), None if there is no such wish."""
+        found = [space.matching(one, "--must") for one in patterns(self.must, "--must")]
+        return torch.stack(found).any(0) if found else None
 
 
 def space_of(strategy: str, space: str | None) -> str:

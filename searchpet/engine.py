@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ def search(
     keep_weights: str | None = None,
     keep_latency: str | None = None,
     masks: str | None = None,
+    must: Sequence[str] | None = None,
+    forbid: Sequence[str] | None = None,
     distill: str | None = None,
     recovery: Mapping[str, Any] | None = None,
     inherit: bool = False,
@@ -75,6 +77,8 @@ def search(
     of the strategy.  `full` also trains full fine-tuning, for reference.
     keep_flops, keep_weights, keep_latency: share such as `60%` of the blocks' FLOPs, matrix
     elements or time on this device that may stay; the space then also has the masks of `masks`.
+    must, forbid: patterns such as `kind=bias,role=ffn.*,layers=last 2`, of PET that is kept in
+    any case or has no place in the space; controls too.
     distill: teacher of every training of a structure, controls included: `full` or a run folder.
     recovery: fields of `searchpet.recovery.Recovery`: weights of what those trainings learn from.
     inherit: start the training from what the search has learned; controls have learned nothing.
@@ -84,7 +88,7 @@ def search(
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
+              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy), must, forbid)
     terms = losses(distill, recovery)
     if inherit:
         must_learn(strategy)

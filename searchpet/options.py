@@ -78,6 +78,12 @@ KeepLatency = Annotated[str | None, typer.Option(
 Masks = Annotated[str | None, typer.Option(
     "--masks", help="What pruning may take out: a space of masks. [default: prune/structured]",
     rich_help_panel=SEARCH)]
+Must = Annotated[list[str], typer.Option(
+    "--must", metavar="PATTERN", help="Units to keep in any case, such as kind=bias,role=ffn.*,"
+    "layers=last 2 (kind, role, form, part, path, layers); repeatable.", rich_help_panel=SEARCH)]
+Forbid = Annotated[list[str], typer.Option(
+    "--forbid", metavar="PATTERN", help="Units never to take; repeatable.",
+    rich_help_panel=SEARCH)]
 Distill = Annotated[str | None, typer.Option(
     "--distill", metavar="TEACHER", help="Train structures on a teacher's outputs as well: full "
     "(fully fine-tuned here first) or the folder of a run.", rich_help_panel=TRAIN)]

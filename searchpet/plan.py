@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,8 +68,9 @@ class _Clock:
 def plan(*, strategy: str = STRATEGY, space: str | None = None,
          set: Mapping[str, Any] | None = None, budget: str = "0.01%",
          keep_flops: str | None = None, keep_weights: str | None = None,
-         keep_latency: str | None = None, masks: str | None = None, controls: int = 1,
-         full: bool = False, count_head: bool = False,
+         keep_latency: str | None = None, masks: str | None = None,
+         must: Sequence[str] | None = None, forbid: Sequence[str] | None = None,
+         controls: int = 1, full: bool = False, count_head: bool = False,
          **settings: Any) -> Plan:
     """Build everything that `search` would, take a few steps, and scale up.
 
@@ -79,7 +80,7 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
+              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy), must, forbid)
     clock = _Clock()
     session = open_session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:

@@ -18,6 +18,7 @@ from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.calibrate import lowered
+from searchpet.choose import affordable, nested
 from searchpet.discover import depths
 from searchpet.errors import InputError, shown
 from searchpet.importance import importance
@@ -60,11 +61,13 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         _check_bulk(ask, space)
         limits, limit = budget_of(session, ask.budget, ask.count_head)
         limits.afford(int(space.cost[~space.prunes].min()) + limits.limit - limit)
+        must = ask.required(space)
+        affordable(space.cost, must, limit, limits.text)
         keep = None
         if ask.prune and not space.bulk:
             keep = keep_of(ask.prune, model, space, session.table)
         net = Supernet(model, space, session.head, seed)
-        problem = _problem(session, folder, net, limit, keep, seed)
+        problem = _problem(session, folder, net, limit, keep, must, seed)
         bulk = _bulk(ask, problem) if space.bulk else None
         sparse = _sparse(problem)
         try:
@@ -77,7 +80,8 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     sparse.take(ranking.masks)
     if ranking.notes and folder is not None:
         folder.log(strategy=ask.strategy, **ranking.notes)
-    spec = _spec(session, ask, problem.limits, ranking.keep, limits,
+    (own, chosen), = nested(problem.limits, ranking, [limit], ask.strategy)
+    spec = _spec(session, ask, own, chosen, limits,
                  _provenance(session, ask, space, keywords, seed), sparse)
     bits = sparse.bits()
     if bulk:
@@ -155,12 +159,13 @@ def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budg
 
 
 def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: int,
-             keep: Keep | None, seed: int) -> Problem:
+             keep: Keep | None, must: Tensor | None, seed: int) -> Problem:
     """What the strategy may see: the training split, in two halves."""
     first, second = session.splits["train"].halved(seed)
     model = net.model
     session.fit_head(model, first, seed)
-    rates, room = _rates(session, net, Limits(net.space, limit, keep), first, seed)
+    rates, room = _rates(session, net, Limits(net.space, limit, keep, must=must),
+                        first, seed)
     loops: list[Any] = []
 
     def loop(steps: int, **state: Any) -> Any:
@@ -173,8 +178,8 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
     generator = torch.Generator().manual_seed(seed)
     loss = session.loss(model)
     problem = Problem(
-        net=net, space=net.space, limit=limit, keep=keep, train=session.batches(first, seed),
-        valid=session.batches(second, seed + 1), loss=loss,
+        net=net, space=net.space, limit=limit, keep=keep, must=must,
+        train=session.batches(first, seed), valid=session.batches(second, seed + 1), loss=loss,
         importance=lambda name, batches: importance(name, net, batches, loss, generator),
         rates=rates, room=room, steps=session.settings.steps, loop=loop, generator=generator)
     if folder is not None:
@@ -204,6 +209,8 @@ def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str,
     return {
         "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
         **({"masks": ask.prune.masks} if ask.prune else {}),
+        **{name: list(wish) for name, wish in (("must", ask.must), ("forbid", ask.forbid))
+           if wish},
         "units": len(space), "stacks": depths(space.sites), "seed": seed,
         "task": session.task.name, "data": session.task.fingerprint, "settings": settings,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")}

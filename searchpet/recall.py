@@ -96,6 +96,8 @@ def _ask(asked: Mapping[str, Any]) -> list[Any]:
     for key, value in (asked.get("set") or {}).items():
         words += ["--set", f"{strategy.partition(':')[0]}.{key}={value}"]
     words += _option("--budget", asked.get("budget"))
+    words += [word for name in ("must", "forbid") for text in asked.get(name) or ()
+              for word in (f"--{name}", text)]
     prune = asked.get("prune")
     if prune:
         words += [f"--keep-{prune['measure']}", prune["text"],

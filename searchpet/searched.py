@@ -39,7 +39,9 @@ def space_of(spec: Spec, sites: Sequence[Site] | None = None) -> Space | None:
         prune = None
         if spec.keep is not None:
             prune = Prune(spec.keep.measure, spec.keep.text, str(made.get("masks")))
-        found = Ask(str(made.get("strategy")), name, prune=prune).on(sites)
+        forbid = made.get("forbid")
+        wish = [str(text) for text in forbid] if isinstance(forbid, list) else None
+        found = Ask(str(made.get("strategy")), name, prune=prune, forbid=wish).on(sites)
     except InputError:  # a space or a kind that is not here
         return None
     return found if len(found) == made.get("units", len(found)) else None

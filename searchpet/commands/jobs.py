@@ -20,7 +20,8 @@ def search(
     space: o.SpaceName = None, set_: o.Set = [],  # noqa: B006  typer copies it
     budget: o.Budget = "0.01%", keep_flops: o.KeepFlops = None,
     keep_weights: o.KeepWeights = None, keep_latency: o.KeepLatency = None,
-    masks: o.Masks = None, distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
+    masks: o.Masks = None, must: o.Must = [], forbid: o.Forbid = [],  # noqa: B006
+    distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
     inherit: o.Inherit = False, controls: o.Controls = 1,
     full: o.AlsoFull = False, count_head: o.CountHead = False, seed: o.Seed = 0,
     steps: o.Steps = 300, batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1,
@@ -33,7 +34,8 @@ def search(
     given: dict[str, Any] = {
         "strategy": strategy, "space": space, "set": o.assignments(set_, strategy),
         "budget": budget, "keep_flops": keep_flops, "keep_weights": keep_weights,
-        "keep_latency": keep_latency, "masks": masks, "controls": controls, "full": full,
+        "keep_latency": keep_latency, "masks": masks, "must": must or None,
+        "forbid": forbid or None, "controls": controls, "full": full,
         "count_head": count_head, **o.settings(ctx)}
     if dry_run:
         from searchpet.plan import plan
