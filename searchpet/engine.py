@@ -19,6 +19,7 @@ from searchpet.latency import Table, measure
 from searchpet.launch import follow, jointly, opened
 from searchpet.merge import merge
 from searchpet.multitask import open_session, several
+from searchpet.once import values_of
 from searchpet.processes import first
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
@@ -228,34 +229,6 @@ def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, te
     start = take(folder) if inherit else None
     row = once.train(session, folder, spec, session.settings.seed, test=test, start=start)
     return {**row, "search_seconds": seconds}
-
-
-def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
-            ) -> dict[str, Any]:
-    """The part of result.json that every run has."""
-    backbone = session.identity.parameters
-    return {
-        "task": session.task.name, "metric": session.task.metrics[0],
-        "split": "test" if test else "validation", "score": row["score"],
-        "metrics": row["metrics"], "validation_score": row["validation_score"],
-        "budget_limit": spec.budget.limit if spec else None, "trainable": row["trainable"],
-        "head": row["head"], "backbone": backbone, "fraction": row["trainable"] / backbone,
-        "seed": session.settings.seed, "tau": row["tau"],
-        "spec_hash": spec.hash if spec else None,
-        "keep": spec.keep.model_dump() if spec and spec.keep else None,
-        "removed": row["removed"], "tensors": row.get("tensors"),
-        "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
-        "warnings": [*session.task.warnings, *_in_vain(spec, row)],
-    }
-
-
-def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
-    """A warning where training made a structure worse than it began."""
-    start, score = row.get("start_score"), row["validation_score"]
-    if spec is None or start is None or score >= start:
-        return []
-    return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
-            "with; try a smaller --tau, or `searchpet train SPEC --sweep`"]
 
 
 def check_test(session: Session, test: bool) -> None:

@@ -65,3 +65,31 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "history": outcome.history,
         "removed": outcome.removed, "tensors": outcome.tensors,
     }
+
+
+def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
+              ) -> dict[str, Any]:
+    """The part of result.json that every run has."""
+    backbone = session.identity.parameters
+    return {
+        "task": session.task.name, "metric": session.task.metrics[0],
+        "split": "test" if test else "validation", "score": row["score"],
+        "metrics": row["metrics"], "validation_score": row["validation_score"],
+        "budget_limit": spec.budget.limit if spec else None, "trainable": row["trainable"],
+        "head": row["head"], "backbone": backbone, "fraction": row["trainable"] / backbone,
+        "seed": session.settings.seed, "tau": row["tau"],
+        "spec_hash": spec.hash if spec else None,
+        "keep": spec.keep.model_dump() if spec and spec.keep else None,
+        "removed": row["removed"], "tensors": row.get("tensors"),
+        "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
+        "warnings": [*session.task.warnings, *_in_vain(spec, row)],
+    }
+
+
+def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
+    """A warning where training made a structure worse than it began."""
+    start, score = row.get("start_score"), row["validation_score"]
+    if spec is None or start is None or score >= start:
+        return []
+    return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
+            "with; try a smaller --tau, or `searchpet train SPEC --sweep`"]
