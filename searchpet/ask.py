@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -23,6 +24,7 @@ from searchpet.strategies import Ranking
 
 STRATEGY = "bilevel"
 SPACE = "nano"
+_THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 OWN = "space.toml"  # what a space is called that is given itself; it lies beside the spec
 
 
@@ -30,6 +32,7 @@ OWN = "space.toml"  # what a space is called that is given itself; it lies besid
 class Ask:
     """What a search is asked for.  `set` holds hyperparameters of the strategy.
 
+    budget: one, or several with commas between, which share a search.
     must, forbid: patterns of PET that is kept in any case, or has no place in the space.
     file: the space itself, instead of one by name.
     """
@@ -43,6 +46,16 @@ class Ask:
     must: Sequence[str] | None = None
     forbid: Sequence[str] | None = None
     file: SpaceFile | None = None
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """One, or several that share a search."""
+        if _THOUSANDS.fullmatch(self.budget.strip()):
+            plain = self.budget.replace(",", "")
+            raise InputError(f"budget must be a count without separators, such as {plain}, but "
+                             f"got {self.budget!r}; several counts need a space between: "
+                             f"{self.budget.replace(',', ', ')!r}")
+        return tuple(text.strip() for text in self.budget.split(","))
 
     @property
     def named_space(self) -> str:

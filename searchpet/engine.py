@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from searchpet import once
+from searchpet import curve, once
 from searchpet.apply import apply, load
 from searchpet.ask import STRATEGY, Ask
 from searchpet.bulk import MASK_FILE, read_bits
@@ -63,6 +63,7 @@ def search(
     distill: str | None = None,
     recovery: Mapping[str, Any] | None = None,
     inherit: bool = False,
+    train: bool = True,
     controls: int = 1,
     full: bool = False,
     test: bool = False,
@@ -74,6 +75,9 @@ def search(
 ) -> Result:
     """Find a structure, train it, train the controls, write the run folder.
 
+    budget: one, or several with commas between: one search, at the largest, finds a structure for
+    each, a smaller one part of every larger one.  The run is that of the largest; the smaller ones
+    lie in its folder `budgets`.  train: else nothing is trained but the search's own deltas.
     settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
     of the strategy.  `full` also trains full fine-tuning, for reference.
     keep_flops, keep_weights, keep_latency: share such as `60%` of the blocks' FLOPs, matrix
@@ -93,9 +97,12 @@ def search(
     terms = losses(distill, recovery)
     if inherit:
         must_learn(strategy)
+    _check_training(ask, train, inherit=inherit, full=full, distill=distill, recovery=recovery,
+                    test=test)
     values = asked(chosen, command="search", **ask.settings(), distill=distill,
                    recovery=_plain(terms, recovery),
                    inherit=inherit or None,  # runs from before it existed go on
+                   no_train=not train or None,
                    controls=controls, full=full, test=test)
     folder = opened(RunFolder(out or default_out(chosen, ask)), values, resume)
     if folder.has("result.json"):
@@ -107,17 +114,30 @@ def search(
 
     session.table = latencies(session, folder, ask)
     _teach(session, folder, distill, terms)
-    main = _find_and_train(session, folder, ask, chosen.seed, test, inherit)
-    rows = [control(session, folder, replace(ask, strategy=name, set={}), i, test)
+    session.job = ask.strategy
+    spec, spent = once.find(session, folder, ask, chosen.seed, scores=True)
+    if not train:
+        return Result(folder.path, spec, {
+            "strategy": strategy, "space": spec.provenance["space"], "spec_hash": spec.hash,
+            "budget_limit": spec.budget.limit, "used": spec.budget.used,
+            "seconds": {"search": spent}, "warnings": list(session.task.warnings),
+            **curve.summary(folder, spec)})
+    start = take(folder) if inherit else None
+    main = {**once.train(session, folder, spec, chosen.seed, test=test, start=start),
+            "search_seconds": spent}
+    smaller = curve.train(session, folder, spec, test, {
+        name: values[name] for name in ("distill", "recovery")})
+    like = replace(ask, set={}, budget=spec.budget.text)
+    rows = [control(session, folder, replace(like, strategy=name), i, test)
             for i in range(controls) for name in CONTROLS]
     session.job = "full"
     reference = once.train(session, folder.sub("controls/full"), "full", chosen.seed,
                            test=test) if full else {}
-    spec = Spec.load(folder.path)
+    own = values_of(session, spec, main, test)
     values = {
-        **values_of(session, spec, main, test), "strategy": strategy,
-        "space": spec.provenance["space"], "controls": rows,
+        **own, "strategy": strategy, "space": spec.provenance["space"], "controls": rows,
         "full_finetune": reference.get("score"),
+        **curve.summary(folder, spec, [*smaller, own]),
     }
     folder.write_json("result.json", values)
     return Result(folder.path, spec, values)
@@ -177,6 +197,16 @@ def train(
     return Result(folder.path, found, values)
 
 
+def _check_training(ask: Ask, train: bool, **given: Any) -> None:
+    """Raise InputError for what needs a training, or one budget, and has not."""
+    words = [f"--{name}" for name, value in given.items() if value]
+    if not train and words:
+        raise InputError(f"--no-train leaves nothing to {words[0]}; drop either")
+    if len(ask.budgets) > 1 and given["inherit"]:
+        raise InputError("--inherit must have one budget, whose deltas the search has learned, "
+                         f"but got {ask.budget}; drop it, or search for one")
+
+
 def latencies(session: Session, folder: RunFolder, ask: Ask) -> Table | None:
     """The table that all structures of a run are priced by: measured once."""
     if ask.prune is None or ask.prune.measure != "latency":
@@ -217,18 +247,10 @@ def control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bo
              ) -> dict[str, Any]:
     """A random structure of the same budgets, trained with the same seed as the one found."""
     sub = folder.sub(f"controls/{ask.strategy.replace(':', '-')}-{number}")
-    row = _find_and_train(session, sub, ask, session.settings.seed + number, test)
-    return {"name": ask.strategy, "score": row["score"], "trainable": row["trainable"]}
-
-
-def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, test: bool,
-                    inherit: bool = False) -> dict[str, Any]:
-    """Spec and training of one strategy in its folder."""
     session.job = ask.strategy
-    spec, seconds = once.find(session, folder, ask, seed)
-    start = take(folder) if inherit else None
-    row = once.train(session, folder, spec, session.settings.seed, test=test, start=start)
-    return {**row, "search_seconds": seconds}
+    spec, _ = once.find(session, sub, ask, session.settings.seed + number)
+    row = once.train(session, sub, spec, session.settings.seed, test=test)
+    return {"name": ask.strategy, "score": row["score"], "trainable": row["trainable"]}
 
 
 def check_test(session: Session, test: bool) -> None:

@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from searchpet.diff import Change, Diff, Side
-from searchpet.views import share, table
+from searchpet.views import duration, share, table
 
 FEW = 12  # rows of a long table, where not all are asked for
+
+
+def budgets(values: Mapping[str, Any]) -> Iterable[Any]:
+    """The structures of several budgets that one search has found; nothing for one."""
+    rows = values.get("budgets")
+    if not rows:
+        return
+    yield f"one search, {len(rows)} structures, each part of the next"
+    score = [values["metric"]] if rows[0]["score"] is not None else []
+    yield table("budget", "run", "limit", "parameters", *score, left=2, rows=[
+        [row["budget"] + (" (knee)" if row["budget"] == values["knee"] else ""), row["run"],
+         row["limit"], row["used"], *([row["score"]] if score else [])] for row in rows])
+    yield ""
+
+
+def untrained(values: Mapping[str, Any], path: Path) -> Iterable[Any]:
+    """The end of a search that trains nothing."""
+    yield from budgets(values)
+    yield (f"{values['used']:,} of {values['budget_limit']:,} parameters, found by "
+           f"{values['strategy']} in {duration(values['seconds']['search'])}")
+    yield f"\nthe structure: {path / 'spec.json'}"
+    yield f"next: {shlex.join(['searchpet', 'show', str(path)])}"
+    yield f"      {shlex.join(['searchpet', 'train', str(path)])}"
 
 
 def difference(found: Diff, a: str, b: str, every: bool) -> Iterable[Any]:

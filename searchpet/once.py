@@ -14,26 +14,28 @@ from searchpet.ask import OWN, Ask
 from searchpet.bulk import MASK_FILE
 from searchpet.inherit import FILE as INHERITED
 from searchpet.launch import follow
-from searchpet.propose import propose
+from searchpet.propose import SMALLER, budgets_of, propose
 from searchpet.run import RunFolder
 from searchpet.session import Outcome, Session
 from searchpet.spacefile import toml
 from searchpet.spec import Spec
 
 
-def find(session: Session, folder: RunFolder, ask: Ask, seed: int) -> tuple[Spec, float]:
+def find(session: Session, folder: RunFolder, ask: Ask, seed: int, scores: bool = False,
+         ) -> tuple[Spec, float]:
     """The structure of a folder and the seconds that its search took.
 
-    Raises InputError as `propose` does.
+    scores: keep those of all units.  Raises InputError as `propose` does.
     """
     if not folder.has("spec.json"):
-        spec, seconds = propose(session, folder, ask, seed)
+        spec, seconds = propose(session, folder, ask, seed, scores)
         if ask.file:
             folder.write_text(OWN, toml(ask.file))
         folder.write_json("search.json", {"seconds": seconds})
         folder.write_text("spec.json", spec.text())
     folder.drop("search*.checkpoint.safetensors")
-    follow(folder, "spec.json", MASK_FILE, INHERITED)
+    own = (f"{SMALLER}/{budget.limit}/spec.json" for budget, _ in budgets_of(session, ask))
+    follow(folder, "spec.json", MASK_FILE, INHERITED, *own)
     return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
 
 

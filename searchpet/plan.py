@@ -19,7 +19,7 @@ from searchpet.ask import STRATEGY, Ask
 from searchpet.engine import CONTROLS
 from searchpet.errors import InputError
 from searchpet.multitask import open_session
-from searchpet.propose import budget_of, propose
+from searchpet.propose import budgets_of, propose
 from searchpet.pruning import asked as prune_to
 from searchpet.run import Event, RunFolder
 from searchpet.session import Session
@@ -70,7 +70,7 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
          keep_flops: str | None = None, keep_weights: str | None = None,
          keep_latency: str | None = None, masks: str | None = None,
          must: Sequence[str] | None = None, forbid: Sequence[str] | None = None,
-         controls: int = 1, full: bool = False, count_head: bool = False,
+         train: bool = True, controls: int = 1, full: bool = False, count_head: bool = False,
          **settings: Any) -> Plan:
     """Build everything that `search` would, take a few steps, and scale up.
 
@@ -85,13 +85,14 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     session = open_session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:
         units = ask.units(model)
-        _, limit = budget_of(session, budget, count_head)
+        budgets = budgets_of(session, ask)
+        limit = budgets[-1][1]
     with tempfile.TemporaryDirectory() as folder:  # for masks, which lie beside their spec
         spec, spent = propose(session, RunFolder(folder), ask, chosen.seed)
         step = clock.step("search")
         search_seconds = spent + step * max(0, chosen.steps - STEPS)
         train_seconds = _training(session, clock, spec, chosen.steps)
-    trainings = 1 + controls * len(CONTROLS)
+    trainings = len(budgets) + controls * len(CONTROLS) if train else 0
     total = search_seconds + trainings * train_seconds
     if full:
         total += _training(session, clock, "full", chosen.steps)

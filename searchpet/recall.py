@@ -25,7 +25,7 @@ from searchpet.tunefile import TuneFile, read_tune
 KNOBS = "knobs.toml"
 ALWAYS = ("model", "task")  # stand in every command: they are the question
 FLAGS = {"count_head": "--count-head", "full": "--full", "test": "--test",
-         "inherit": "--inherit", "sweep": "--sweep"}
+         "inherit": "--inherit", "no_train": "--no-train", "sweep": "--sweep"}
 
 
 def command_of(folder: RunFolder) -> str | None:
