@@ -75,9 +75,10 @@ def search(
 ) -> Result:
     """Find a structure, train it, train the controls, write the run folder.
 
-    budget: one, or several with commas between: one search finds a structure for each, a smaller
-    one part of every larger one; it runs at their geometric middle.  The run is that of the largest; the smaller ones
-    lie in its folder `budgets`.  train: else nothing is trained but the search's own deltas.
+    budget: one, or several with commas between: one search, at their geometric middle, finds a
+    structure for each, a smaller one part of every larger one.  The run is that of the largest;
+    the smaller ones lie in its folder `budgets`.
+    train: else nothing is trained but the search's own deltas.
     settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
     of the strategy.  `full` also trains full fine-tuning, for reference.
     keep_flops, keep_weights, keep_latency: share such as `60%` of the blocks' FLOPs, matrix
