@@ -111,7 +111,8 @@ def explained(found: Explained, every: bool) -> Iterable[Any]:
         yield from _rest(len(found.kept) - 2 * FEW)
     if found.by:
         for title, units in ((f"enters with {STEP}% more budget", found.enters),
-                             (f"leaves with {STEP}% less", found.leaves)):
+                             (f"leaves with {STEP}% less, the first to go first",
+                              found.leaves[::-1])):
             yield ""
             shown = units if every else units[:FEW]
             yield _units(title, shown, found) if units else f"nothing {title}"
