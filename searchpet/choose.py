@@ -41,9 +41,7 @@ def nested(limits: Limits, ranking: Ranking, parameters: Sequence[int], strategy
         return [(limits, ranking.keep)]
     density = density_of(limits, ranking)
     if density is None:
-        what = "--must" if len(parameters) == 1 else "several budgets"
-        raise InputError(f"{what} must be filled from scores of units, but strategy {strategy} "
-                         "keeps groups, masks or a choice of its own; take --strategy bilevel")
+        raise own_choice(strategy, len(parameters) > 1)
     found: list[tuple[Limits, Tensor]] = []
     for limit in parameters:
         own = _limits(limits, ranking, limit, must)
@@ -60,6 +58,13 @@ def _limits(limits: Limits, ranking: Ranking, parameters: int, must: Tensor | No
     """Another limit on PET, and what the search has pruned."""
     settled = ranking.keep.cpu() if limits.keep is not None else None
     return Limits(limits.space, parameters, limits.keep, settled, must)
+
+
+def own_choice(strategy: str, several: bool) -> InputError:
+    """The error for a strategy whose scores do not say its choice."""
+    what = "several budgets" if several else "--must"
+    return InputError(f"{what} must be filled from scores of units, but strategy {strategy} keeps "
+                      "groups, masks or a choice of its own; take --strategy bilevel")
 
 
 def affordable(cost: Tensor, must: Tensor | None, parameters: int, text: str) -> None:

@@ -20,7 +20,7 @@ from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.calibrate import lowered
-from searchpet.choose import affordable, density_of, nested
+from searchpet.choose import affordable, density_of, nested, own_choice
 from searchpet.discover import depths
 from searchpet.errors import InputError, shown
 from searchpet.importance import importance
@@ -77,6 +77,9 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         space = ask.units(model)
         _check_bulk(ask, space)
         budgets, must = budgets_of(session, ask), ask.required(space)
+        own = catalog.about("strategies", ask.strategy.partition(":")[0], "CHOOSES", False)
+        if own and (len(budgets) > 1 or must is not None):
+            raise own_choice(ask.strategy, len(budgets) > 1)
         for budget, limit in budgets:
             budget.afford(int(space.cost[~space.prunes].min()) + budget.limit - limit)
             affordable(space.cost, must, limit, budget.text)

@@ -119,6 +119,7 @@ def test_pruned_structures_share_what_is_pruned(place: Path) -> None:
     (["--inherit"], "--inherit must have one budget"),
     (["--no-train", "--full"], "--no-train leaves nothing to --full"),
     (["--strategy", "random"], "several budgets must be filled from scores"),
+    (["--strategy", "sparse_adapter"], "but strategy sparse_adapter keeps groups, masks"),
     (["--keep-weights", "50%", "--masks", "prune/weights", "--strategy", "prune_first"],
      "masks of single weights take one --budget at a time")])
 def test_budgets_that_cannot_be_had_are_one_line(place: Path, capsys: Any, words: list[str],
