@@ -8,9 +8,11 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from searchpet.diff import diff
     from searchpet.discover import discover
     from searchpet.engine import apply, load, merge
     from searchpet.errors import InputError
+    from searchpet.explain import explain
     from searchpet.export import export
     from searchpet.jobs import search, train, transfer
     from searchpet.serve import serve
@@ -25,7 +27,9 @@ __all__ = [
     "Spec",
     "__version__",
     "apply",
+    "diff",
     "discover",
+    "explain",
     "export",
     "load",
     "merge",
@@ -42,7 +46,9 @@ _HOME = {
     "Site": "site",
     "Spec": "spec",
     "apply": "engine",
+    "diff": "diff",
     "discover": "discover",
+    "explain": "explain",
     "export": "export",
     "load": "engine",
     "merge": "engine",

@@ -42,6 +42,7 @@ from searchpet.tickets import magnitudes
 from searchpet.updates import low_rank_sparse, matrix_of, updates
 
 TRAINS = True
+CHOOSES = True  # parameters of PET, not units: its scores fill no other limit
 WEIGHTS = True  # chooses masks of single weights, if there are any
 SPARSE = True  # keeps single parameters: what a law says of whole units does not hold
 SPACE = "dsee"  # what it chooses from, unless --space says otherwise

@@ -14,6 +14,7 @@ from searchpet.errors import InputError
 from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = False
+CHOOSES = True  # parameters of PET, not units: its scores fill no other limit
 SPARSE = True  # keeps single parameters: what a law says of whole units does not hold
 
 
