@@ -249,45 +249,9 @@ def control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bo
     """A random structure of the same budgets, trained with the same seed as the one found."""
     sub = folder.sub(f"controls/{ask.strategy.replace(':', '-')}-{number}")
     session.job = ask.strategy
-<<<<<<< HEAD
-    spec, seconds = once.find(session, folder, ask, seed)
-    start = take(folder) if inherit else None
-    row = once.train(session, folder, spec, session.settings.seed, test=test, start=start)
-    return {**row, "search_seconds": seconds}
-
-
-def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
-            ) -> dict[str, Any]:
-    """The part of result.json that every run has."""
-    backbone = session.identity.parameters
-    return {
-        "task": session.task.name, "metric": session.task.metrics[0],
-        "split": "test" if test else "validation", "score": row["score"],
-        "metrics": row["metrics"], "validation_score": row["validation_score"],
-        "budget_limit": spec.budget.limit if spec else None, "trainable": row["trainable"],
-        "head": row["head"], "backbone": backbone, "fraction": row["trainable"] / backbone,
-        "seed": session.settings.seed, "tau": row["tau"],
-        "spec_hash": spec.hash if spec else None,
-        "keep": spec.keep.model_dump() if spec and spec.keep else None,
-        "removed": row["removed"], "tensors": row.get("tensors"),
-        "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
-        "warnings": [*session.task.warnings, *_in_vain(spec, row)],
-    }
-
-
-def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
-    """A warning where training made a structure worse than it began."""
-    start, score = row.get("start_score"), row["validation_score"]
-    if spec is None or start is None or score >= start:
-        return []
-    more = "" if row.get("sweep") else ", or `searchpet train SPEC --sweep`"
-    return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
-            f"with; try a smaller --tau{more}"]
-=======
     spec, _ = once.find(session, sub, ask, session.settings.seed + number)
     row = once.train(session, sub, spec, session.settings.seed, test=test)
     return {"name": ask.strategy, "score": row["score"], "trainable": row["trainable"]}
->>>>>>> understand
 
 
 def check_test(session: Session, test: bool) -> None:
