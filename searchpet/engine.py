@@ -134,7 +134,7 @@ def train(
 ) -> Result:
     """Train a spec, or a reference: `full` fine-tuning or the `head` alone.
 
-    sweep: try a third and three times tau as well, choose by validation.
+    sweep: choose tau among four by successive halving, by validation (`searchpet.halving`).
     distill, recovery: teacher of a spec's training, and what it learns from; as in `search`.
     Raises InputError for whatever is wrong with the input.
     """
@@ -239,7 +239,7 @@ def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test:
         "seed": session.settings.seed, "tau": row["tau"],
         "spec_hash": spec.hash if spec else None,
         "keep": spec.keep.model_dump() if spec and spec.keep else None,
-        "removed": row["removed"], "tensors": row.get("tensors"),
+        "removed": row["removed"], "tensors": row.get("tensors"), "sweep": row.get("sweep"),
         "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
         "warnings": [*session.task.warnings, *_in_vain(spec, row)],
     }
