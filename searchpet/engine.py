@@ -250,8 +250,11 @@ def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
     start, score = row.get("start_score"), row["validation_score"]
     if spec is None or start is None or score >= start:
         return []
+    advice = ("with, whichever tau was tried; try a much smaller --tau, or more --steps"
+              if row.get("sweep") else
+              "with; try a smaller --tau, or `searchpet train SPEC --sweep`")
     return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
-            "with; try a smaller --tau, or `searchpet train SPEC --sweep`"]
+            f"{advice}"]
 
 
 def check_test(session: Session, test: bool) -> None:

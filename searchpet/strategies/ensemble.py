@@ -58,11 +58,12 @@ def search(
     count, steps = len(problem.space), problem.steps
     # drawn before the first run, whose loop sets the generator anew
     orders = torch.randint(steps, (runs, 2, steps), generator=problem.generator).tolist()
-    start = [p.detach().clone() for p in problem.net.trained]
+    weights: list[Tensor] = list(problem.net.trained)
+    start = [p.detach().clone() for p in weights]
     chosen, places = torch.zeros(count).double(), torch.zeros(count).double()
     for run, (one, other) in enumerate(orders):
         with torch.no_grad():
-            torch._foreach_copy_(problem.net.trained, start)
+            torch._foreach_copy_(weights, start)
         problem.net.z = torch.ones(count)
         halves = (problem.train, problem.valid)[:: 1 if run % 2 == 0 else -1]
         own = replace(problem, train=Resampled(halves[0], one), valid=Resampled(halves[1], other))
