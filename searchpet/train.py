@@ -211,6 +211,8 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Re
     stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record,
                  **course.state)
     for step in stage:
+        if step == until:  # it was paused here before
+            break
         if not record["history"]:
             record["history"].append([0, _first(judge())])
         model.train()

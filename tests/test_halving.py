@@ -12,7 +12,9 @@ import pytest
 import searchpet
 from searchpet import engine
 from searchpet.errors import InputError
-from searchpet.run import Event
+from searchpet.run import Event, RunFolder
+from searchpet.session import Session
+from searchpet.settings import Settings
 from tests.commands import cut_off, workplace
 
 COMMON: dict[str, Any] = {"model": "tiny", "task": "films", "steps": 12, "batch_size": 8,
@@ -80,6 +82,15 @@ def test_a_sweep_that_was_killed_ends_the_same(swept: Any, place: Path, reports:
     same = (again.path / "delta.safetensors").read_bytes()
     assert same == (swept[0].path / "delta.safetensors").read_bytes()
     assert again.values["sweep"]["steps"] == swept[0].values["sweep"]["steps"]
+
+
+def test_a_training_that_was_paused_stays_paused(place: Path) -> None:
+    """Killed after the pause, before the score was noted: nothing is trained further."""
+    events: list[Event] = []
+    session = Session(Settings(**COMMON), events.append)
+    once, again = (session.fit("head", RunFolder(place).sub("paused"), 0, until=4)
+                   for _ in range(2))
+    assert len(events) == 4 and once.score == again.score and once.history == again.history
 
 
 def test_a_reference_is_swept_too(place: Path) -> None:
