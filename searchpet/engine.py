@@ -160,7 +160,7 @@ def train(
 ) -> Result:
     """Train a spec, or a reference: `full` fine-tuning or the `head` alone.
 
-    sweep: try a third and three times tau as well, choose by validation.
+    sweep: choose tau among four by successive halving, by validation (`searchpet.halving`).
     distill, recovery: teacher of a spec's training, and what it learns from; as in `search`.
     Raises InputError for whatever is wrong with the input.
     """

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from searchpet import halving
 from searchpet.ask import OWN, Ask
 from searchpet.bulk import MASK_FILE
 from searchpet.inherit import FILE as INHERITED
@@ -49,13 +50,25 @@ def train(session: Session, folder: RunFolder, method: Spec | Outside | str, see
     sweep: choose tau by validation before; the rest as in `Session.fit`, with what it raises.
     """
     if not folder.has("training.json"):
-        tried = session.sweep(method, folder, seed) if sweep else []
-        if tried:
-            tau = max(tried, key=lambda pair: pair[1])[0]
-        outcome = session.fit(method, folder, seed, tau=tau, test=test, start=start)
-        folder.write_json("training.json", {**_row(outcome), "sweep": tried})
+        tried = halving.sweep(session, method, folder, seed) if sweep else None
+        outcome = session.fit(method, folder, seed, tau=tried["tau"] if tried else tau, test=test,
+                              start=start)
+        found = _counted(tried, outcome, session.settings.steps) if tried else None
+        folder.write_json("training.json", {**_row(outcome), "sweep": found})
     folder.drop("train.checkpoint.safetensors")
+    folder.drop("sweep-*/train.checkpoint.safetensors")
     return dict(folder.read_json("training.json"))
+
+
+def _counted(tried: Mapping[str, Any], outcome: Outcome, steps: int) -> dict[str, Any]:
+    """A sweep with what it cost, the winner's own training included.
+
+    steps: of one training.  The winner's steps before the choice are counted once.
+    """
+    won = next(one for one in tried["tried"] if one["tau"] == tried["tau"])
+    taken = tried["steps"] + outcome.history[-1][0] - won["steps"]
+    return {**tried, "steps": taken, "trainings": round(taken / steps, 4),
+            "seconds": round(tried["seconds"] + outcome.seconds, 3)}
 
 
 def _row(outcome: Outcome) -> dict[str, Any]:
@@ -84,7 +97,7 @@ def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test:
         "seed": session.settings.seed, "tau": row["tau"],
         "spec_hash": spec.hash if spec else None,
         "keep": spec.keep.model_dump() if spec and spec.keep else None,
-        "removed": row["removed"], "tensors": row.get("tensors"),
+        "removed": row["removed"], "tensors": row.get("tensors"), "sweep": row.get("sweep"),
         "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
         "warnings": [*session.task.warnings, *_in_vain(spec, row)],
     }
@@ -95,6 +108,8 @@ def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
     start, score = row.get("start_score"), row["validation_score"]
     if spec is None or start is None or score >= start:
         return []
-    more = "" if row.get("sweep") else ", or `searchpet train SPEC --sweep`"
+    advice = ("with, whichever tau was tried; try a much smaller --tau, or more --steps"
+              if row.get("sweep") else
+              "with; try a smaller --tau, or `searchpet train SPEC --sweep`")
     return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
-            f"with; try a smaller --tau{more}"]
+            f"{advice}"]

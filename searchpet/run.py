@@ -195,7 +195,7 @@ class StageLoop:
         self.folder, self.stage, self.steps, self.seed = folder, stage, steps, seed
         self.generator, self.listener, self.every = generator, listener, every
         self.state = dict(state or {})
-        self.stopped = False
+        self.stopped = self.paused = False
         self._step = 0
 
     @property
@@ -214,6 +214,9 @@ class StageLoop:
             torch.manual_seed(_mix(self.seed, own, step))
             self.generator.manual_seed(_mix(self.seed, self.stage, step))
             yield step
+            if self.paused:
+                self._save(step + 1)
+                return
             if time.monotonic() - saved > self.every:
                 self._save(self.steps if self.stopped else step + 1)
                 saved = time.monotonic()
@@ -240,6 +243,10 @@ class StageLoop:
     def stop(self) -> None:
         """No further steps."""
         self.stopped = True
+
+    def pause(self) -> None:
+        """No further steps now; the next loop of the same stage goes on from here."""
+        self.paused = True
 
     def finish(self) -> None:
         """The stage's result is saved elsewhere: the checkpoint is no longer needed."""

@@ -43,7 +43,6 @@ from searchpet.task import Split, Task, load_task
 from searchpet.train import Outcome, Recipe, evaluate, fit, logits_of, loss_of
 
 FULL_LR = 1e-3  # x tau = 1e-4 for full fine-tuning, the usual rate for a small encoder
-SWEEP = (1 / 3, 1.0, 3.0)  # factors on tau that `--sweep` tries
 PROBE_ROWS = 8
 
 
@@ -177,13 +176,15 @@ class Session:
     def fit(self, method: Spec | Outside | str, folder: RunFolder | None, seed: int, *,
             tau: float | None = None, stage: str = "train", test: bool = False,
             after: Callable[[nn.Module], None] | None = None,
-            start: Mapping[str, Tensor] | None = None) -> Outcome:
+            start: Mapping[str, Tensor] | None = None, until: int | None = None) -> Outcome:
         """Train a spec, another library's method, or `full` or `head`, and keep the best
         validation checkpoint.
 
         start: values of a spec's deltas and of the head to begin with, named as in
         delta.safetensors; fresh ones by default.
-        Writes delta.safetensors of a spec to `folder`; `after` is given the trained model.
+        until: pause after so many steps; the next call with this folder and stage goes on.
+        Writes delta.safetensors of a spec to `folder`, if it is not paused; `after` is given the
+        trained model.
         Test data is touched here alone, once, after the checkpoint is chosen, and only if `test`
         is set.
         """
@@ -215,12 +216,12 @@ class Session:
                 model, groups, batches, self.recipe(), loss,
                 lambda: self.evaluate(model, "validation"),
                 lambda steps, **state: self.loop(folder, stage, steps, seed, **state),
-                course=attached.course if attached else None)
+                course=attached.course if attached else None, until=until)
             if after is not None:
                 after(model)
             tested = self.evaluate(model, "test") if test else None
             written = None
-            if folder is not None and isinstance(method, Spec):
+            if folder is not None and isinstance(method, Spec) and until is None:
                 written = save_delta(folder, model, self.head, self.trained(method))
             removed = prunes and not has_masks(model)
         trained = self.identity.parameters if method == "full" else count - self.head_size
@@ -230,18 +231,6 @@ class Session:
             self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed,
             written, result.history[0][1], tuple(result.history),
             attached.most if attached else None)
-
-    def sweep(self, method: Spec | Outside | str, folder: RunFolder | None, seed: int,
-              ) -> list[tuple[float, float]]:
-        """(tau, validation score) for each factor of SWEEP; the folder keeps what is done."""
-        done = folder.read_json("sweep.json") if folder and folder.has("sweep.json") else []
-        for factor in SWEEP[len(done):]:
-            tau = self.settings.tau * factor
-            sub = folder.sub(f"sweep-{len(done)}") if folder else None
-            done.append([tau, self.fit(method, sub, seed, tau=tau, stage="sweep").score])
-            if folder:
-                folder.write_json("sweep.json", done)
-        return [tuple(pair) for pair in done]
 
     def _groups(self, model: nn.Module, method: Spec | Attached | str, seed: int, tau: float,
                 ) -> list[dict[str, Any]]:

@@ -193,12 +193,14 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Recipe,
         loss_at: Callable[[Batch], Tensor], judge: Callable[[], dict[str, float]],
-        loop: Callable[..., StageLoop], *, course: Course | None = None) -> Fit:
+        loop: Callable[..., StageLoop], *, course: Course | None = None,
+        until: int | None = None) -> Fit:
     """Train the parameters of `groups`; leave the best checkpoint by validation in them.
 
     groups: `{params, kind, lr}`; batches[i] is a batch; loss_at(batch) is what is minimised,
     `loss_of(model)` as a rule; judge() gives the metrics on validation data, the score first;
-    loop(stage state...) -> StageLoop.  Raises InputError when the loss stops being finite.
+    loop(stage state...) -> StageLoop; after `until` steps it is paused.  Raises InputError when
+    the loss stops being finite.
     """
     course = course or Plain()
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
@@ -209,6 +211,8 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Re
     stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record,
                  **course.state)
     for step in stage:
+        if step == until:  # it was paused here before
+            break
         if not record["history"]:
             record["history"].append([0, _first(judge())])
         model.train()
@@ -224,6 +228,8 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Re
                 torch._foreach_copy_(best, [p.detach() for p in trained])
             if settled and done - record["step"] >= recipe.patience * recipe.interval:
                 stage.stop()
+        if done == until:
+            stage.pause()
         best_score = {"score": _first(record["metrics"])} if record["metrics"] else {}
         stage.report(loss=loss, **best_score)
     with torch.no_grad():

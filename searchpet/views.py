@@ -64,8 +64,19 @@ def outcome(values: Mapping[str, Any]) -> Iterable[Any]:
         yield kept(values["keep"]) + ("" if values["removed"] else "; they are masked, not "
                                       "removed, so latency will not drop")
     yield ""
+    if values.get("sweep"):
+        yield swept(values["sweep"])
+        yield ""
     yield table("structure", f"{values['metric']} on {values['split']}", "trainable", "share",
                 rows=rows)
+
+
+def swept(found: Mapping[str, Any]) -> str:
+    """How tau was chosen and what that cost, in a sentence."""
+    tried = ", ".join(f"{one['tau']:.3g} ({one['score']:.4f} after {one['steps']})"
+                      for one in found["tried"])
+    return (f"tau {found['tau']:.3g} by validation, of {tried}; {found['steps']:,} steps in all, "
+            f"{found['trainings']:.2f} trainings, {found['seconds']:.0f} s")
 
 
 def kept(keep: Mapping[str, Any]) -> str:

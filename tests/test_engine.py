@@ -275,10 +275,14 @@ def test_a_spec_trains_as_in_its_search(found: engine.Result, common: Any, tmp_p
 def test_a_sweep_takes_the_tau_with_the_best_validation_score(
     found: engine.Result, common: dict[str, Any], tmp_path: Path
 ) -> None:
-    result = searchpet.train(found.spec, **common, out=tmp_path / "run", sweep=True)
-    tried = json.loads((tmp_path / "run" / "training.json").read_text())["sweep"]
-    assert [tau for tau, _ in tried] == pytest.approx([0.1 / 3, 0.1, 0.3])
-    assert result.values["tau"] == max(tried, key=lambda pair: pair[1])[0]
+    longer = {**common, "steps": 12}
+    result = searchpet.train(found.spec, **longer, out=tmp_path / "run", sweep=True)
+    swept = result.values["sweep"]
+    assert [one["tau"] for one in swept["tried"]] == pytest.approx([0.1 / 3, 0.1, 0.3, 0.9])
+    last = [one for one in swept["tried"] if one["steps"] > 2]
+    best = max(one["score"] for one in last)
+    assert len(last) == 2 and swept["tau"] in [one["tau"] for one in last if one["score"] == best]
+    assert result.values["tau"] == swept["tau"] and swept["trainings"] <= 11 / 6
 
 
 @pytest.mark.parametrize(("start", "end", "warned"), [(0.8, 0.5, 1), (0.5, 0.8, 0), (0.5, 0.5, 0)])

@@ -55,7 +55,7 @@ STOREYS: dict[float, list[str]] = {
     4.99: ["relocate"],
     5: ["launch"],
     5.1: ["session"],
-    5.2: ["measures", "multitask"],
+    5.2: ["halving", "measures", "multitask"],
     5.3: ["propose", "teach", "verify"],
     5.4: ["once"],
     5.45: ["curve"],

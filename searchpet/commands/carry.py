@@ -26,7 +26,8 @@ def transfer(
         "--no-train", help="Only write spec.json and the report; without --task, magnitude "
         "instead of gradients chooses channels.")] = False,
     sweep: Annotated[bool, typer.Option(
-        "--sweep", help="Try a third and three times --tau too; validation chooses.")] = False,
+        "--sweep", help="Choose tau by halving: 1/3, 1, 3 and 9 times --tau start, validation "
+        "chooses; at most two trainings in all.")] = False,
     controls: o.Controls = 0, seed: o.Seed = 0, steps: o.Steps = 300,
     batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64,
     tau: o.Tau = 0.1, lr: o.Lr = None, precision: o.Precision = "fp32",

@@ -67,7 +67,8 @@ def train(
     full: Annotated[bool, typer.Option("--full", help="Full fine-tuning, no spec.")] = False,
     head_only: Annotated[bool, typer.Option("--head-only", help="The head, no spec.")] = False,
     sweep: Annotated[bool, typer.Option(
-        "--sweep", help="Try a third and three times --tau too; validation chooses.")] = False,
+        "--sweep", help="Choose tau by halving: 1/3, 1, 3 and 9 times --tau start, validation "
+        "chooses; at most two trainings in all.")] = False,
     distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
     model: o.AnyModel = None, task: o.AnyTask = None, task_weights: o.TaskWeights = None,
     data: o.Data = None, seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
