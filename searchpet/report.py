@@ -39,7 +39,8 @@ FILES = {
     "settings.json": "what was asked for", "log.jsonl": "what happened",
     "probabilities.json": "how the search went", "training.json": "how the training went",
     "inherit.safetensors": "what the search has learned",
-    "transfer.json": "what became of each entry", "space.toml": "the winner's space",
+    "transfer.json": "what became of each entry", "source.json": "the spec that was carried over",
+    "space.toml": "the winner's space",
     "study.db": "the trials"}
 
 

@@ -14,6 +14,7 @@ from searchpet.errors import InputError
 from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = False
+PET_ALONE = True  # no masks of the backbone, no limit on inference
 SPARSE = True  # keeps single parameters: what a law says of whole units does not hold
 
 
