@@ -63,17 +63,58 @@ both.assign(times_chance=ratio.round(2))["times_chance"].unstack().sort_values(
 # Two things stand out. Where 384 channels at each of six places could have been bought, **no bias
 # of a key** was: it adds the same number to all scores of a query, and the softmax takes that away
 # again, so it cannot help. The search was not told. And **scales of norms** were bought half as
-# often again as chance. All else is nearer to chance: at this budget and on this task the choice
-# of single channels within a place says more than the choice of places, or nothing says much.
+# often again as chance. All else lies between 0.7 and 1.3 times chance.
+
+# %% [markdown]
+# ## Two structures: `diff`
 #
-# Is it the search that prefers these places, or would any draw look like this? A random structure
-# of single channels under the same budget:
+# A second search, a small one on another task, `negation`: is a statement praise or blame? (It is
+# the one of the first notebook; if that has run, this cell finds it.) What do both keep?
 
 # %%
-SMALL = {"task": "negation", "steps": 2, "batch_size": 16, "max_length": 16, "resume": True}
-drawn = searchpet.search(strategy="random:unit", budget="0.01%", controls=0, out="runs/chance",
-                         **SMALL).spec
-plot.changes(drawn, spec)
+SMALL = {"task": "negation", "steps": 40, "batch_size": 16, "max_length": 16, "resume": True}
+found = searchpet.search(budget="0.01%", out="runs/quick", **SMALL).spec
+plot.changes(spec, found)
+
+# %% [markdown]
+# `searchpet diff A B` counts it, beside what two draws of as many units would have in common.
+# Jaccard's index is the share that both keep of all that either keeps:
+
+# %%
+from searchpet.diff import diff
+
+compared = diff(spec, found)
+pd.DataFrame(compared.overlap).round(3)
+
+# %% [markdown]
+# Where they differ most:
+
+# %%
+pd.DataFrame(compared.changes)[["role", "layer", "kind", "only_a", "both", "only_b"]].head(6)
+
+# %% [markdown]
+# ## Why this one: `explain`
+#
+# A search leaves the score of every unit, kept or not. So each kept unit has a margin: how far its
+# worth lies above the best that was left out. `searchpet explain RUN` shows what was kept,
+
+# %%
+told = searchpet.explain(found)
+columns = ["role", "layer", "kind", "coordinate", "cost", "rank", "worth", "margin"]
+print(f"chosen by {told.by}: {len(told.kept):,} units kept")
+pd.DataFrame(told.kept)[columns].head(5)
+
+# %% [markdown]
+# what a tenth more of the budget would buy next,
+
+# %%
+pd.DataFrame(told.enters)[columns].head(5)
+
+# %% [markdown]
+# and what would go first with a tenth less:
+
+# %%
+pd.DataFrame(told.leaves)[columns].tail(5)
 
 # %% [markdown]
 # ## What the literature says about the same positions
@@ -108,10 +149,10 @@ pd.DataFrame(rows, columns=["places", "share of what was bought", "share of what
 
 # %% [markdown]
 # Each recipe's places were bought about as often as there are such places: this structure follows
-# none of them, it spreads over all. Whether that is better is a question for measurements, not for pictures: on trec6 at the same budget,
-# with the learning rate swept alike and three seeds, the search is ahead of all folklore, but of
-# norms alone by less than the spread. `experiments/foundation/` says how, and its file is read
-# here:
+# none of them, it spreads over all. Whether that is better is a question for measurements, not
+# for pictures: on trec6 at the same budget, with the learning rate swept alike and three seeds,
+# the search is ahead of all folklore, but of norms alone by less than the spread.
+# `experiments/foundation/` says how, and its file is read here:
 #
 #     searchpet grid experiments/foundation/run.toml --data DIR
 

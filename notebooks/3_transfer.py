@@ -64,9 +64,11 @@ pd.DataFrame([(name, run.score, run.values["trainable"]) for name, run in rows],
 # %%
 import torch
 from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers.utils import logging
 
 from searchpet.source import DEFAULT, locate
 
+logging.disable_progress_bar()
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(locate(DEFAULT).folder)
 config = BertConfig(vocab_size=len(tokenizer), hidden_size=512, num_hidden_layers=12,
@@ -92,7 +94,8 @@ pd.DataFrame([{"backbone": Path(report[side]["backbone"]).name, **{
 
 # %%
 print(report["counts"], *report["notes"], sep="\n- ")
-pd.DataFrame(report["roles"]).pivot(index="role", columns="kind", values=["source", "target"])
+roles = pd.DataFrame(report["roles"])
+roles.pivot(index="role", columns="kind", values=["source", "target"]).fillna(0).astype(int)
 
 # %%
 plot.structure(searchpet.Spec.load(SPEC))
@@ -104,12 +107,12 @@ plot.structure(larger.spec)
 # ## From an encoder to a decoder
 #
 # Roles are found by structure, so LLaMA has a query and a value as BERT has. What has no
-# counterpart there is dropped, and the report says why.
+# counterpart there is approximated or dropped, and the report says why.
 
 # %%
 from transformers import LlamaConfig, LlamaModel
 
-config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=8,
+config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=256, num_hidden_layers=12,
                      num_attention_heads=8, intermediate_size=688)
 LlamaModel(config).save_pretrained("runs/decoder")
 files = tokenizer.save_pretrained("runs/decoder")
@@ -136,5 +139,5 @@ print(f"{shared.budget.used} parameters; units by how many of the two specs keep
 # %%
 from searchpet import shelf
 
-card = json.loads((shelf.at(SPEC).parent / "card.json").read_text())
+card = json.loads((shelf.at(SPEC) / "card.json").read_text())
 pd.Series(card).drop("sha256").to_frame("")

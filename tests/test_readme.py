@@ -48,7 +48,7 @@ def test_every_command_line_parses() -> None:
 
 
 MEASURED = {  # a row of the README -> the method that a table of experiments/ has it of
-    "full fine-tuning": "full", "found by default": "default", "S3PET as published": "s3pet",
+    "full fine-tuning": "full", "found by default": "default", "S3PET, as a preset here": "s3pet",
     "norms, from the last layer down": "uniform:norm", "head only": "head",
     "single channels drawn at random": "random:unit", "LoRA on query and value":
     "uniform:lora_qv", "biases, from the last layer down": "uniform:bias",
