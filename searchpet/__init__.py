@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from searchpet.diff import diff
     from searchpet.discover import discover
     from searchpet.engine import apply, load, merge
     from searchpet.errors import InputError
@@ -25,6 +26,7 @@ __all__ = [
     "Spec",
     "__version__",
     "apply",
+    "diff",
     "discover",
     "export",
     "load",
@@ -42,6 +44,7 @@ _HOME = {
     "Site": "site",
     "Spec": "spec",
     "apply": "engine",
+    "diff": "diff",
     "discover": "discover",
     "export": "export",
     "load": "engine",

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from searchpet import catalog
 from searchpet.discover import discover
 from searchpet.errors import InputError, unknown
+from searchpet.patterns import patterns
 from searchpet.pruning import Prune, with_masks
+from searchpet.site import Site
 from searchpet.space import Space
 from searchpet.spacefile import SpaceFile, read_space, space_names
 from searchpet.strategies import Ranking
 
 STRATEGY = "bilevel"
 SPACE = "nano"
+_THOUSANDS = re.compile(r"[0-9]{1,3}(,[0-9]{3})+")
 OWN = "space.toml"  # what a space is called that is given itself; it lies beside the spec
 
 
@@ -27,6 +32,8 @@ OWN = "space.toml"  # what a space is called that is given itself; it lies besid
 class Ask:
     """What a search is asked for.  `set` holds hyperparameters of the strategy.
 
+    budget: one, or several with commas between, which share a search.
+    must, forbid: patterns of PET that is kept in any case, or has no place in the space.
     file: the space itself, instead of one by name.
     """
 
@@ -36,7 +43,19 @@ class Ask:
     budget: str = "0.01%"
     count_head: bool = False
     prune: Prune | None = None
+    must: Sequence[str] | None = None
+    forbid: Sequence[str] | None = None
     file: SpaceFile | None = None
+
+    @property
+    def budgets(self) -> tuple[str, ...]:
+        """One, or several that share a search."""
+        if _THOUSANDS.fullmatch(self.budget.strip()):
+            plain = self.budget.replace(",", "")
+            raise InputError(f"budget must be a count without separators, such as {plain}, but "
+                             f"got {self.budget!r}; several counts need a space between: "
+                             f"{self.budget.replace(',', ', ')!r}")
+        return tuple(text.strip() for text in self.budget.split(","))
 
     @property
     def named_space(self) -> str:
@@ -46,16 +65,27 @@ class Ask:
         """Plain values for settings.json."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "file"}
         prune = asdict(self.prune) if self.prune else None
-        return {**plain, "space": self.named_space, "prune": prune}
+        wishes = {name: list(plain[name]) if plain[name] else None for name in ("must", "forbid")}
+        return {**plain, **wishes, "space": self.named_space, "prune": prune}
 
     def units(self, model: nn.Module) -> Space:
         """The units on a model: of the space, and of the masks to prune by."""
+        return self.on(discover(model))
+
+    def on(self, sites: Sequence[Site]) -> Space:
+        """`units`, on the sites of a model."""
         own = self.file or read_space(self.named_space)
         if all(catalog.get("deltas", rule.kind).neutral == 1 for rule in own.rule):
             raise InputError(f"a space must have units of PET, but {self.named_space} has masks "
                              "alone; give it to --masks and another one to --space")
         file = with_masks(own, self.prune)
-        return Space(self.named_space, discover(model), file.rule, file.share)
+        return Space(self.named_space, sites, file.rule, file.share,
+                     patterns(self.forbid, "--forbid"))
+
+    def required(self, space: Space) -> Tensor | None:
+        """Units that must be kept: bool (units,), None if there is no such wish."""
+        found = [space.matching(one, "--must") for one in patterns(self.must, "--must")]
+        return torch.stack(found).any(0) if found else None
 
 
 def space_of(strategy: str, space: str | None) -> str:

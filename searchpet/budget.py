@@ -243,3 +243,14 @@ def fill(score: Tensor, cost: Tensor, limit: int) -> Tensor:
         keep[order[:run]] = True
         left -= int(price[:run].sum())
         order, price = order[run:], price[run:]
+
+
+def fill_groups(score: Tensor, cost: Tensor, limit: int, group: Tensor) -> Tensor:
+    """`fill` over groups that are taken or left whole: bool per unit.
+
+    group int64 (units,); units of a group have the same score.
+    """
+    names, number = torch.unique(group, return_inverse=True)
+    total = torch.zeros(len(names), dtype=torch.int64).index_add_(0, number, cost)
+    worth = torch.zeros(len(names), dtype=torch.float64).index_copy_(0, number, score)
+    return fill(worth, total, limit)[number]

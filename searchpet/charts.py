@@ -26,6 +26,7 @@ from searchpet.canvas import (
     thousands,
 )
 from searchpet.errors import InputError
+from searchpet.knee import knee
 
 
 @dataclass(frozen=True)
@@ -76,22 +77,6 @@ def _means(results: Sequence[Scored]) -> list[tuple[int, float, float]]:
         at.setdefault(one.parameters, []).append(one.score)
     return [(cost, statistics.fmean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0)
             for cost, scores in sorted(at.items())]
-
-
-def knee(points: Sequence[tuple[float, float]]) -> int | None:
-    """Which point of a rising curve lies furthest above the line from its first to its last.
-
-    points: (cost, score) by rising cost, which counts by its logarithm; both scaled to [0, 1], as
-    in Kneedle (Satopaa et al. 2011).  None for fewer than three, and where no point lies above.
-    """
-    if len(points) < 3 or points[-1][1] <= points[0][1]:
-        return None
-    xs = [math.log(max(1.0, cost)) for cost, _ in points]
-    low, high = points[0][1], points[-1][1]
-    above = [(y - low) / (high - low) - (x - xs[0]) / (xs[-1] - xs[0])
-             for x, (_, y) in zip(xs, points, strict=True)]
-    best = max(range(len(points)), key=above.__getitem__)
-    return best if above[best] > 0 else None
 
 
 @drawn

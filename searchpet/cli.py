@@ -13,7 +13,17 @@ from contextlib import contextmanager
 import typer
 
 from searchpet import launch
-from searchpet.commands import carry, choices, export, figures, jobs, runs, specs, tune
+from searchpet.commands import (
+    carry,
+    choices,
+    export,
+    figures,
+    insight,
+    jobs,
+    runs,
+    specs,
+    tune,
+)
 from searchpet.failures import continuation, explain
 
 WRONG = 2  # exit code of wrong input
@@ -33,7 +43,7 @@ app = typer.Typer(
 for command in (jobs.search, jobs.train, runs.evaluate, runs.predict, runs.show, runs.verify,
                 runs.compare, choices.sites, choices.space, choices.list_, jobs.grid, tune.tune,
                 tune.trials, carry.transfer, carry.vote, export.export, figures.plot,
-                figures.report):
+                figures.report, insight.diff):
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(specs.specs, name="specs")
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from searchpet import once
+from searchpet import curve, once
 from searchpet.apply import apply, load
 from searchpet.ask import STRATEGY, Ask
 from searchpet.bulk import MASK_FILE, read_bits
@@ -19,6 +19,7 @@ from searchpet.latency import Table, measure
 from searchpet.launch import follow, jointly, opened
 from searchpet.merge import merge
 from searchpet.multitask import open_session, several
+from searchpet.once import values_of
 from searchpet.processes import first
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
@@ -57,9 +58,12 @@ def search(
     keep_weights: str | None = None,
     keep_latency: str | None = None,
     masks: str | None = None,
+    must: Sequence[str] | None = None,
+    forbid: Sequence[str] | None = None,
     distill: str | None = None,
     recovery: Mapping[str, Any] | None = None,
     inherit: bool = False,
+    train: bool = True,
     controls: int = 1,
     full: bool = False,
     test: bool = False,
@@ -71,10 +75,15 @@ def search(
 ) -> Result:
     """Find a structure, train it, train the controls, write the run folder.
 
+    budget: one, or several with commas between: one search, at the largest, finds a structure for
+    each, a smaller one part of every larger one.  The run is that of the largest; the smaller ones
+    lie in its folder `budgets`.  train: else nothing is trained but the search's own deltas.
     settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
     of the strategy.  `full` also trains full fine-tuning, for reference.
     keep_flops, keep_weights, keep_latency: share such as `60%` of the blocks' FLOPs, matrix
     elements or time on this device that may stay; the space then also has the masks of `masks`.
+    must, forbid: patterns such as `kind=bias,role=ffn.*,layers=last 2`, of PET that is kept in
+    any case or has no place in the space; controls too.
     distill: teacher of every training of a structure, controls included: `full` or a run folder.
     recovery: fields of `searchpet.recovery.Recovery`: weights of what those trainings learn from.
     inherit: start the training from what the search has learned; controls have learned nothing.
@@ -84,13 +93,16 @@ def search(
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
+              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy), must, forbid)
     terms = losses(distill, recovery)
     if inherit:
         must_learn(strategy)
+    _check_training(ask, train, inherit=inherit, full=full, distill=distill, recovery=recovery,
+                    test=test)
     values = asked(chosen, command="search", **ask.settings(), distill=distill,
                    recovery=_plain(terms, recovery),
                    inherit=inherit or None,  # runs from before it existed go on
+                   no_train=not train or None,
                    controls=controls, full=full, test=test)
     folder = opened(RunFolder(out or default_out(chosen, ask)), values, resume)
     if folder.has("result.json"):
@@ -102,17 +114,30 @@ def search(
 
     session.table = latencies(session, folder, ask)
     _teach(session, folder, distill, terms)
-    main = _find_and_train(session, folder, ask, chosen.seed, test, inherit)
-    rows = [control(session, folder, replace(ask, strategy=name, set={}), i, test)
+    session.job = ask.strategy
+    spec, spent = once.find(session, folder, ask, chosen.seed, scores=True)
+    if not train:
+        return Result(folder.path, spec, {
+            "strategy": strategy, "space": spec.provenance["space"], "spec_hash": spec.hash,
+            "budget_limit": spec.budget.limit, "used": spec.budget.used,
+            "seconds": {"search": spent}, "warnings": list(session.task.warnings),
+            **curve.summary(folder, spec)})
+    start = take(folder) if inherit else None
+    main = {**once.train(session, folder, spec, chosen.seed, test=test, start=start),
+            "search_seconds": spent}
+    smaller = curve.train(session, folder, spec, test, {
+        name: values[name] for name in ("distill", "recovery")})
+    like = replace(ask, set={}, budget=spec.budget.text)
+    rows = [control(session, folder, replace(like, strategy=name), i, test)
             for i in range(controls) for name in CONTROLS]
     session.job = "full"
     reference = once.train(session, folder.sub("controls/full"), "full", chosen.seed,
                            test=test) if full else {}
-    spec = Spec.load(folder.path)
+    own = values_of(session, spec, main, test)
     values = {
-        **values_of(session, spec, main, test), "strategy": strategy,
-        "space": spec.provenance["space"], "controls": rows,
+        **own, "strategy": strategy, "space": spec.provenance["space"], "controls": rows,
         "full_finetune": reference.get("score"),
+        **curve.summary(folder, spec, [*smaller, own]),
     }
     folder.write_json("result.json", values)
     return Result(folder.path, spec, values)
@@ -172,6 +197,16 @@ def train(
     return Result(folder.path, found, values)
 
 
+def _check_training(ask: Ask, train: bool, **given: Any) -> None:
+    """Raise InputError for what needs a training, or one budget, and has not."""
+    words = [f"--{name}" for name, value in given.items() if value]
+    if not train and words:
+        raise InputError(f"--no-train leaves nothing to {words[0]}; drop either")
+    if len(ask.budgets) > 1 and given["inherit"]:
+        raise InputError("--inherit must have one budget, whose deltas the search has learned, "
+                         f"but got {ask.budget}; drop it, or search for one")
+
+
 def latencies(session: Session, folder: RunFolder, ask: Ask) -> Table | None:
     """The table that all structures of a run are priced by: measured once."""
     if ask.prune is None or ask.prune.measure != "latency":
@@ -212,46 +247,10 @@ def control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bo
              ) -> dict[str, Any]:
     """A random structure of the same budgets, trained with the same seed as the one found."""
     sub = folder.sub(f"controls/{ask.strategy.replace(':', '-')}-{number}")
-    row = _find_and_train(session, sub, ask, session.settings.seed + number, test)
-    return {"name": ask.strategy, "score": row["score"], "trainable": row["trainable"]}
-
-
-def _find_and_train(session: Session, folder: RunFolder, ask: Ask, seed: int, test: bool,
-                    inherit: bool = False) -> dict[str, Any]:
-    """Spec and training of one strategy in its folder."""
     session.job = ask.strategy
-    spec, seconds = once.find(session, folder, ask, seed)
-    start = take(folder) if inherit else None
-    row = once.train(session, folder, spec, session.settings.seed, test=test, start=start)
-    return {**row, "search_seconds": seconds}
-
-
-def values_of(session: Session, spec: Spec | None, row: Mapping[str, Any], test: bool,
-            ) -> dict[str, Any]:
-    """The part of result.json that every run has."""
-    backbone = session.identity.parameters
-    return {
-        "task": session.task.name, "metric": session.task.metrics[0],
-        "split": "test" if test else "validation", "score": row["score"],
-        "metrics": row["metrics"], "validation_score": row["validation_score"],
-        "budget_limit": spec.budget.limit if spec else None, "trainable": row["trainable"],
-        "head": row["head"], "backbone": backbone, "fraction": row["trainable"] / backbone,
-        "seed": session.settings.seed, "tau": row["tau"],
-        "spec_hash": spec.hash if spec else None,
-        "keep": spec.keep.model_dump() if spec and spec.keep else None,
-        "removed": row["removed"], "tensors": row.get("tensors"),
-        "seconds": {"search": row.get("search_seconds", 0.0), "train": row["train_seconds"]},
-        "warnings": [*session.task.warnings, *_in_vain(spec, row)],
-    }
-
-
-def _in_vain(spec: Spec | None, row: Mapping[str, Any]) -> list[str]:
-    """A warning where training made a structure worse than it began."""
-    start, score = row.get("start_score"), row["validation_score"]
-    if spec is None or start is None or score >= start:
-        return []
-    return [f"training ended at {score:.4f} on validation, below the {start:.4f} that it began "
-            "with; try a smaller --tau, or `searchpet train SPEC --sweep`"]
+    spec, _ = once.find(session, sub, ask, session.settings.seed + number)
+    row = once.train(session, sub, spec, session.settings.seed, test=test)
+    return {"name": ask.strategy, "score": row["score"], "trainable": row["trainable"]}
 
 
 def check_test(session: Session, test: bool) -> None:

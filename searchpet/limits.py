@@ -16,10 +16,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from searchpet.budget import fill, fill_to, shift, shift_to
+from searchpet.budget import fill, fill_groups, fill_to, shift, shift_to
 from searchpet.errors import InputError
 from searchpet.hosts import Hosts, Live, Mask
 from searchpet.inference import Cost
+from searchpet.knapsack import pack
 from searchpet.prices import Prices
 from searchpet.site import Site
 from searchpet.space import Placement, Space
@@ -48,16 +49,18 @@ class Limits:
     """limit: parameters of the kept PET units together;  keep: what inference may cost.
 
     settled: bool (units,), which prune units stay, where that is decided already.
+    must: bool (units,), PET units that are kept in any case, out of their kind's share first.
     """
 
     def __init__(self, space: Space, limit: int, keep: Keep | None = None,
-                 settled: Tensor | None = None) -> None:
+                 settled: Tensor | None = None, must: Tensor | None = None) -> None:
         if bool(space.prunes.any()) != (keep is not None):
             raise InputError("prune masks in a space and a limit on what is kept need each other: "
                              "give --keep-flops with the kinds heads, neurons, sublayers, layers, "
                              f"ranks, but space {space.name} has {int(space.prunes.sum())} of "
                              f"their units and the limit is {keep.text if keep else 'absent'}")
         self.space, self.limit, self.keep, self.settled = space, limit, keep, settled
+        self.must = torch.zeros(len(space), dtype=torch.bool) if must is None else must.cpu()
         self.prune = space.prunes.nonzero().squeeze(-1)
         self.pet = (~space.prunes).nonzero().squeeze(-1)
         self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
@@ -83,13 +86,21 @@ class Limits:
         return p.index_put((pet,), self._shared(alpha[pet], price.clamp(min=1e-9), beta, self.pet))
 
     def _shared(self, alpha: Tensor, price: Tensor, beta: float, pet: Tensor) -> Tensor:
-        """`shift` of PET units, of each part of the budget for itself; pet: their numbers."""
-        if not self.space.share:
+        """`shift` of PET units, of each part of the budget for itself; pet: their numbers.
+
+        What must be kept has p = 1, and the rest what it leaves.
+        """
+        must = self.must[pet].to(alpha.device)
+        if not self.space.share and not bool(must.any()):
             return shift(alpha, price, self.limit, beta)
-        p = torch.zeros(len(alpha), dtype=torch.float64, device=alpha.device)
-        for mine, limit in self._parts(pet):
+        p = must.double()
+        whole = [(torch.arange(len(pet)), float(self.limit))]
+        for mine, limit in self._parts(pet) if self.space.share else whole:
             mine = mine.to(alpha.device)
-            p = p.index_put((mine,), shift(alpha[mine], price[mine], limit, beta))
+            left = limit - float(price[mine][must[mine]].sum())
+            mine = mine[~must[mine]]
+            if left > 0:
+                p = p.index_put((mine,), shift(alpha[mine], price[mine], left, beta))
         return p
 
     def _parts(self, pet: Tensor) -> list[tuple[Tensor, float]]:
@@ -129,8 +140,8 @@ class Limits:
 
         ease in [0, 1]: how far the limit on what is kept is still relaxed towards everything.
 
-        density: PET units go by score per parameter.  group: int64 (units,), PET units that are
-        kept or left together and have the same score.
+        density: PET units are those of the greatest summed score, and not the best one by one.
+        group: int64 (units,), PET units that are kept or left together and have the same score.
         """
         score = score.detach().cpu().double()
         keep = torch.ones(len(self.space), dtype=torch.float64)
@@ -146,22 +157,28 @@ class Limits:
         alive = price > 0
         chosen, cost_of = self.pet[alive], price[alive]
         keep[self.pet] = 0
-        worth = score[chosen] / cost_of if density and group is None else score[chosen]
-        keep[chosen[self._fill(chosen, worth, cost_of, group)]] = 1
+        worth = score[chosen]
+
+        def take(mine: Tensor, limit: int) -> Tensor:
+            if group is not None:
+                return fill_groups(worth[mine], cost_of[mine], limit, group[chosen[mine]])
+            return (pack if density else fill)(worth[mine], cost_of[mine], limit)
+
+        keep[chosen[self._fill(chosen, cost_of, take)]] = 1
         return keep.bool()
 
-    def _fill(self, chosen: Tensor, worth: Tensor, cost: Tensor, group: Tensor | None) -> Tensor:
-        """bool (chosen,): first each part of the budget for itself, then what they left over."""
-        def one(mine: Tensor, limit: int) -> Tensor:
-            if group is None:
-                return mine[fill(worth[mine], cost[mine], limit)]
-            return mine[_fill_groups(worth[mine], cost[mine], limit, group[chosen[mine]])]
-
-        kept = torch.zeros(len(chosen), dtype=torch.bool)
+    def _fill(self, chosen: Tensor, cost: Tensor, take: Callable[[Tensor, int], Tensor],
+              ) -> Tensor:
+        """bool (chosen,): what must be, then each part of the budget for itself, then what they
+        left over.  take: places among `chosen` and a limit -> bool, which of them.
+        """
+        kept = self.must[chosen].clone()
         for mine, limit in self._parts(chosen) if self.space.share else ():
-            kept[one(mine, int(limit))] = True
+            left = int(limit) - int(cost[mine][kept[mine]].sum())
+            mine = mine[~kept[mine]]
+            kept[mine[take(mine, left)]] = True
         rest = (~kept).nonzero().squeeze(-1)
-        kept[one(rest, self.limit - int(cost[kept].sum()))] = True
+        kept[rest[take(rest, self.limit - int(cost[kept].sum()))]] = True
         return kept
 
     def _places(self, score: Tensor) -> Tensor:
@@ -281,14 +298,6 @@ class Limits:
             return None
         kept = kept_channels(entry.kept, place.atoms, place.width, site, live)
         return entry.model_copy(update={"kept": kept}) if kept else None
-
-
-def _fill_groups(score: Tensor, cost: Tensor, limit: int, group: Tensor) -> Tensor:
-    """`fill` over groups: bool per unit."""
-    names, number = torch.unique(group, return_inverse=True)
-    total = torch.zeros(len(names), dtype=torch.int64).index_add_(0, number, cost)
-    worth = torch.zeros(len(names), dtype=torch.float64).index_copy_(0, number, score)
-    return fill(worth, total, limit)[number]
 
 
 def kept_channels(kept: Sequence[int], atoms: bool, width: int, site: Site, live: Live,

@@ -25,6 +25,7 @@ from searchpet.canvas import (
     swatch,
     thousands,
 )
+from searchpet.diff import Change, MaskChange, mask_changes, positions
 from searchpet.errors import InputError
 from searchpet.outline import Outline, Row, column, coordinates, label, outline
 from searchpet.spec import Spec
@@ -107,11 +108,12 @@ def changes(first: Spec | Outline, second: Spec | Outline) -> Figure:
         board = Board(own, [a, b], wide)
         _fill(board, one, kinds, _most([a, b]))
         own.set_title(f"{name}: spec {one.title}\n{one.total:,} {one.unit}", loc="left")
-    kept, mine = coordinates(a.places), coordinates(b.places)
+    found = positions(a, b)
     board = Board(axes[2], [a, b], wide)
-    _difference(board, a, b)
-    axes[2].set_title(f"kept by both: {len(kept & mine):,}\nonly A: {len(kept - mine):,}, "
-                      f"only B: {len(mine - kept):,}", loc="left")
+    _difference(board, found, mask_changes(a, b))
+    both, only_a, only_b = (sum(c[i] for c in map(_counts, found)) for i in range(3))
+    axes[2].set_title(f"kept by both: {both:,}\nonly A: {only_a:,}, only B: {only_b:,}",
+                      loc="left")
     for own in axes[1:] if beside else ():
         own.set_yticklabels([])
     entries = [*_entries(kinds, a, b), swatch(MORE, "", "only B (up)"),
@@ -120,32 +122,28 @@ def changes(first: Spec | Outline, second: Spec | Outline) -> Figure:
     return figure
 
 
-def _difference(board: Board, a: Outline, b: Outline) -> None:
+def _counts(change: Change) -> tuple[int, int, int]:
+    return change.both, change.only_a, change.only_b
+
+
+def _difference(board: Board, found: Sequence[Change], masks: Sequence[MaskChange]) -> None:
     """Bars up and down from the middle of each cell: coordinates that one of the two keeps."""
-    sides = []
-    for one, other in ((b, a), (a, b)):
-        rest, count = coordinates(other.places), Counter[tuple[Row, int]]()
-        for place in one.places:
-            count[place.row, place.layer] += len(coordinates([place]) - rest)
-        sides.append(count)
+    sides = Counter[tuple[Row, int]](), Counter[tuple[Row, int]]()
+    for change in found:
+        at = (change.part, change.role), change.layer
+        sides[0][at] += change.only_b
+        sides[1][at] += change.only_a
     most = max([1, *sides[0].values(), *sides[1].values()])
     board.cells(set())
     half = 0.5 - INSET
     for count, up in zip(sides, (True, False), strict=True):
         highs: Any = [(board.rows.index(row), layer, max(0.1, math.sqrt(number / most)))
                  for (row, layer), number in count.items() if number]
-        highs += [(board.mask_row(number), layer, abs(more))
-                  for number, layer, more in _more(board, a, b) if more and (more > 0) == up]
+        highs += [(board.mask_row(board.masks.index(((m.part, m.role), m.kind))), m.layer,
+                   abs(m.kept_b - m.kept_a)) for m in masks if (m.kept_b > m.kept_a) == up]
         boxes(board.axes, [(layer - half, y - high * half if up else y, 2 * half, high * half)
                           for y, layer, high in highs],
               MORE if up else LESS, "" if up else "////", "only B" if up else "only A")
-
-
-def _more(board: Board, a: Outline, b: Outline) -> list[tuple[int, int, float]]:
-    """(mask's row, layer, what b keeps more than a); where there is no mask all is kept."""
-    first, second = ({(s.row, s.kind, s.layer): s.kept for s in one.shares} for one in (a, b))
-    return [(board.masks.index(at[:2]), at[2], second.get(at, 1.0) - first.get(at, 1.0))
-            for at in sorted(first.keys() | second.keys())]
 
 
 @drawn

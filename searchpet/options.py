@@ -63,6 +63,9 @@ Set = Annotated[list[str], typer.Option(
 Budget = Annotated[str, typer.Option(
     "--budget", "-b", help="A share of the backbone (0.01%), a count (2271) or bytes (9KB).",
     rich_help_panel=SEARCH)]
+Budgets = Annotated[str, typer.Option(
+    "--budget", "-b", help="A share of the backbone (0.01%), a count (2271) or bytes (9KB); "
+    "several, as in 0.01%,0.1%, share one search.", rich_help_panel=SEARCH)]
 Controls = Annotated[int, typer.Option(
     "--controls", help="Random structures of each kind to compare with; 0 for none.",
     rich_help_panel=SEARCH)]
@@ -77,6 +80,12 @@ KeepLatency = Annotated[str | None, typer.Option(
     "that stays.", rich_help_panel=SEARCH)]
 Masks = Annotated[str | None, typer.Option(
     "--masks", help="What pruning may take out: a space of masks. [default: prune/structured]",
+    rich_help_panel=SEARCH)]
+Must = Annotated[list[str], typer.Option(
+    "--must", metavar="PATTERN", help="Units to keep in any case, such as kind=bias,role=ffn.*,"
+    "layers=last 2 (kind, role, form, part, path, layers); repeatable.", rich_help_panel=SEARCH)]
+Forbid = Annotated[list[str], typer.Option(
+    "--forbid", metavar="PATTERN", help="Units never to take; repeatable.",
     rich_help_panel=SEARCH)]
 Distill = Annotated[str | None, typer.Option(
     "--distill", metavar="TEACHER", help="Train structures on a teacher's outputs as well: full "

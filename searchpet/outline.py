@@ -15,6 +15,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from searchpet import catalog
 from searchpet.apply import DELTA_FILE, asked_before
 from searchpet.backbone import skeleton
 from searchpet.discover import discover
@@ -222,7 +223,18 @@ def column(layer: int, layers: int) -> str:
     return "in" if layer < 0 else "out" if layer >= layers else str(layer)
 
 
+def alike(place: Place) -> set[int]:
+    """Its coordinates, to be compared: atoms of a factorisation, which are the same before they
+    have learned, are the first so many.
+    """
+    try:
+        atoms = catalog.get("deltas", place.kind).atoms
+    except InputError:  # a kind of a plugin that is not here
+        atoms = False
+    return set(range(len(place.kept)) if atoms else place.kept)
+
+
 def coordinates(entries: Sequence[Place]) -> set[tuple[str, str, str, int]]:
     """All that a structure keeps, as (path, role, kind, number)."""
-    return {(e.path, e.row[1], e.kind, number) for e in entries for number in e.kept}
+    return {(e.path, e.row[1], e.kind, number) for e in entries for number in alike(e)}
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from searchpet.ask import STRATEGY, Ask
 from searchpet.engine import CONTROLS
 from searchpet.errors import InputError
 from searchpet.multitask import open_session
-from searchpet.propose import budget_of, propose
+from searchpet.propose import budgets_of, propose
 from searchpet.pruning import asked as prune_to
 from searchpet.run import Event, RunFolder
 from searchpet.session import Session
@@ -68,8 +68,9 @@ class _Clock:
 def plan(*, strategy: str = STRATEGY, space: str | None = None,
          set: Mapping[str, Any] | None = None, budget: str = "0.01%",
          keep_flops: str | None = None, keep_weights: str | None = None,
-         keep_latency: str | None = None, masks: str | None = None, controls: int = 1,
-         full: bool = False, count_head: bool = False,
+         keep_latency: str | None = None, masks: str | None = None,
+         must: Sequence[str] | None = None, forbid: Sequence[str] | None = None,
+         train: bool = True, controls: int = 1, full: bool = False, count_head: bool = False,
          **settings: Any) -> Plan:
     """Build everything that `search` would, take a few steps, and scale up.
 
@@ -79,18 +80,19 @@ def plan(*, strategy: str = STRATEGY, space: str | None = None,
     if controls < 0:
         raise InputError(f"--controls must be >= 0, but got {controls}")
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
-              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy))
+              prune_to(keep_flops, keep_weights, keep_latency, masks, strategy), must, forbid)
     clock = _Clock()
     session = open_session(replace(chosen, steps=STEPS), clock)
     with session.fresh(chosen.seed) as model:
         units = ask.units(model)
-        _, limit = budget_of(session, budget, count_head)
+        budgets = budgets_of(session, ask)
+        limit = budgets[-1][1]
     with tempfile.TemporaryDirectory() as folder:  # for masks, which lie beside their spec
         spec, spent = propose(session, RunFolder(folder), ask, chosen.seed)
         step = clock.step("search")
         search_seconds = spent + step * max(0, chosen.steps - STEPS)
         train_seconds = _training(session, clock, spec, chosen.steps)
-    trainings = 1 + controls * len(CONTROLS)
+    trainings = len(budgets) + controls * len(CONTROLS) if train else 0
     total = search_seconds + trainings * train_seconds
     if full:
         total += _training(session, clock, "full", chosen.steps)

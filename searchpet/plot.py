@@ -113,6 +113,7 @@ def results(values: Mapping[str, Any], path: Path) -> list[Scored]:
     """
     found = [Scored(str(values["strategy"]), _count(values["trainable"], path),
                     _number(values["score"], path), values["strategy"] not in REFERENCES)]
+    found += smaller(values, path)
     for control in values.get("controls") or ():
         found.append(Scored(str(control["name"]), _count(control["trainable"], path),
                             _number(control["score"], path), False))
@@ -121,6 +122,17 @@ def results(values: Mapping[str, Any], path: Path) -> list[Scored]:
         found.append(Scored("full fine-tuning", _count(values["backbone"], path),
                             _number(full, path), False))
     return found
+
+
+def smaller(values: Mapping[str, Any], path: Path) -> list[Scored]:
+    """The smaller ones of the budgets that a run's search was for."""
+    rows = values.get("budgets") or []
+    if not isinstance(rows, list) or not all(
+            isinstance(r, dict) and {"run", "trainable", "score"} <= r.keys() for r in rows):
+        raise InputError(f"budgets of a result must have a run, trainable and a score each, but "
+                         f"those of {path} have not")
+    return [Scored(str(values["strategy"]), _count(row["trainable"], path),
+                   _number(row["score"], path)) for row in rows if row["run"] != "."]
 
 
 def _about(row: Mapping[str, Any], path: Path) -> tuple[str, ...]:

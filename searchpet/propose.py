@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from typing import Any
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from searchpet import catalog
+from searchpet import catalog, scored
 from searchpet.ask import Ask, hyperparameters
 from searchpet.batch import Encodings
 from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, Bulk
 from searchpet.calibrate import lowered
+from searchpet.choose import affordable, density_of, nested
 from searchpet.discover import depths
 from searchpet.errors import InputError, shown
 from searchpet.importance import importance
@@ -30,10 +32,11 @@ from searchpet.session import Session
 from searchpet.space import Space
 from searchpet.sparse import Sparse
 from searchpet.spec import BackboneId, BudgetUse, Spec
-from searchpet.strategies import Problem, descend
+from searchpet.strategies import Problem, Ranking, descend
 from searchpet.supernet import Supernet
 from searchpet.trace import Trace
 
+SMALLER = "budgets"  # folder of the smaller ones of several, by their parameters
 SEARCH = 0.3  # of tau: soft gates move more coordinates at a time than the structure will have
 
 
@@ -47,10 +50,23 @@ def budget_of(session: Session, text: str, count_head: bool) -> tuple[Budget, in
     return budget, budget.limit - head
 
 
+def budgets_of(session: Session, ask: Ask) -> list[tuple[Budget, int]]:
+    """`budget_of` all that is asked for, rising.  Raises InputError for two that are the same."""
+    found = sorted((budget_of(session, text, ask.count_head) for text in ask.budgets),
+                   key=lambda pair: pair[0].limit)
+    for (a, _), (b, _) in itertools.pairwise(found):
+        if a.limit == b.limit:
+            raise InputError(f"budgets must differ, but {a.text} and {b.text} are both "
+                             f"{a.limit:,} parameters; drop one")
+    return found
+
+
 def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
-            ) -> tuple[Spec, float]:
+            scores: bool = False) -> tuple[Spec, float]:
     """Run a strategy; the found spec and the seconds it took.
 
+    Of several budgets the search has the largest, and the specs of the smaller ones, each part of
+    the next, go into folders of their own.  scores: keep those of all units.
     Raises InputError for a budget below the cheapest unit and for an unknown name.
     """
     began = time.monotonic()
@@ -58,13 +74,15 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     with session.fresh(seed) as model:
         space = ask.units(model)
         _check_bulk(ask, space)
-        limits, limit = budget_of(session, ask.budget, ask.count_head)
-        limits.afford(int(space.cost[~space.prunes].min()) + limits.limit - limit)
+        budgets, must = budgets_of(session, ask), ask.required(space)
+        for budget, limit in budgets:
+            budget.afford(int(space.cost[~space.prunes].min()) + budget.limit - limit)
+            affordable(space.cost, must, limit, budget.text)
         keep = None
         if ask.prune and not space.bulk:
             keep = keep_of(ask.prune, model, space, session.table)
         net = Supernet(model, space, session.head, seed)
-        problem = _problem(session, folder, net, limit, keep, seed)
+        problem = _problem(session, folder, net, limit, keep, must, seed)
         bulk = _bulk(ask, problem) if space.bulk else None
         sparse = _sparse(problem)
         try:
@@ -77,8 +95,10 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     sparse.take(ranking.masks)
     if ranking.notes and folder is not None:
         folder.log(strategy=ask.strategy, **ranking.notes)
-    spec = _spec(session, ask, problem.limits, ranking.keep, limits,
-                 _provenance(session, ask, space, keywords, seed), sparse)
+    made = _provenance(session, ask, space, keywords, seed)
+    choices = nested(problem.limits, ranking, [n for _, n in budgets], ask.strategy)
+    *smaller, spec = (_spec(session, ask, own, keep, budget, made, sparse)
+                      for (own, keep), (budget, _) in zip(choices, budgets, strict=True))
     bits = sparse.bits()
     if bulk:
         spec = spec.model_copy(update={
@@ -87,9 +107,23 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     if bits and folder is not None:
         folder.write_tensors(MASK_FILE, bits)
         spec._folder = folder.path
+    if folder is not None and scores:
+        _leave_scores(folder, problem.limits, ranking, [*smaller, spec])
+    if folder is not None:
+        for other in smaller:
+            place = folder.sub(f"{SMALLER}/{other.budget.limit}")
+            place.write_text("spec.json", other.text())
     if folder is not None and learns(ask.strategy):
         leave(folder, net, spec, head, session.trained(spec).model_dump_json())
     return spec, round(time.monotonic() - began, 3)
+
+
+def _leave_scores(folder: RunFolder, limits: Limits, ranking: Ranking, specs: Sequence[Spec],
+                  ) -> None:
+    about = scored.About(
+        specs=[spec.hash for spec in specs], density=density_of(limits, ranking),
+        units=len(limits.space), must=limits.must.nonzero().squeeze(-1).tolist())
+    scored.write(folder, ranking.score, limits.price(ranking.keep.cpu().double()), about)
 
 
 def _check_bulk(ask: Ask, space: Space) -> None:
@@ -99,6 +133,9 @@ def _check_bulk(ask: Ask, space: Space) -> None:
     if bool(space.prunes.any()):
         raise InputError("masks of single weights and of units cannot be searched together; give "
                          "one sort to --masks")
+    if len(ask.budgets) > 1:
+        raise InputError("masks of single weights take one --budget at a time, but got "
+                         f"{ask.budget}; search once for each")
     if ask.prune is None or ask.prune.measure != "weights":
         raise InputError("masks of single weights save no FLOPs, so they need --keep-weights, "
                          "such as 50%, and --masks")
@@ -155,12 +192,13 @@ def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budg
 
 
 def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: int,
-             keep: Keep | None, seed: int) -> Problem:
+             keep: Keep | None, must: Tensor | None, seed: int) -> Problem:
     """What the strategy may see: the training split, in two halves."""
     first, second = session.splits["train"].halved(seed)
     model = net.model
     session.fit_head(model, first, seed)
-    rates, room = _rates(session, net, Limits(net.space, limit, keep), first, seed)
+    rates, room = _rates(session, net, Limits(net.space, limit, keep, must=must),
+                        first, seed)
     loops: list[Any] = []
 
     def loop(steps: int, **state: Any) -> Any:
@@ -173,8 +211,8 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
     generator = torch.Generator().manual_seed(seed)
     loss = session.loss(model)
     problem = Problem(
-        net=net, space=net.space, limit=limit, keep=keep, train=session.batches(first, seed),
-        valid=session.batches(second, seed + 1), loss=loss,
+        net=net, space=net.space, limit=limit, keep=keep, must=must,
+        train=session.batches(first, seed), valid=session.batches(second, seed + 1), loss=loss,
         importance=lambda name, batches: importance(name, net, batches, loss, generator),
         rates=rates, room=room, steps=session.settings.steps, loop=loop, generator=generator)
     if folder is not None:
@@ -204,6 +242,9 @@ def _provenance(session: Session, ask: Ask, space: Space, keywords: Mapping[str,
     return {
         "strategy": ask.strategy, "hyperparameters": dict(keywords), "space": space.name,
         **({"masks": ask.prune.masks} if ask.prune else {}),
+        **{name: list(wish) for name, wish in (("must", ask.must), ("forbid", ask.forbid))
+           if wish},
+        **({"budgets": list(ask.budgets)} if len(ask.budgets) > 1 else {}),
         "units": len(space), "stacks": depths(space.sites), "seed": seed,
         "task": session.task.name, "data": session.task.fingerprint, "settings": settings,
         "versions": {name: metadata.version(name) for name in ("torch", "transformers")}

@@ -26,7 +26,7 @@ from searchpet.tunefile import TuneFile, read_tune
 KNOBS = "knobs.toml"
 ALWAYS = ("model", "task")  # stand in every command: they are the question
 FLAGS = {"count_head": "--count-head", "full": "--full", "test": "--test",
-         "inherit": "--inherit", "sweep": "--sweep"}
+         "inherit": "--inherit", "no_train": "--no-train", "sweep": "--sweep"}
 
 
 def command_of(folder: RunFolder) -> str | None:
@@ -104,6 +104,8 @@ def _ask(asked: Mapping[str, Any]) -> list[Any]:
     for key, value in (asked.get("set") or {}).items():
         words += ["--set", f"{strategy.partition(':')[0]}.{key}={value}"]
     words += _option("--budget", asked.get("budget"))
+    words += [word for name in ("must", "forbid") for text in asked.get(name) or ()
+              for word in (f"--{name}", text)]
     prune = asked.get("prune")
     if prune:
         words += [f"--keep-{prune['measure']}", prune["text"],

@@ -18,7 +18,7 @@ from markupsafe import Markup
 
 from searchpet import launch, plot
 from searchpet.apply import DELTA_FILE
-from searchpet.canvas import Figure, picture
+from searchpet.canvas import Figure, picture, save
 from searchpet.curves import record_of, trainings_of
 from searchpet.engine import Result
 from searchpet.errors import InputError
@@ -31,6 +31,7 @@ from searchpet.views import duration, figure, kept, share, size
 
 P = ParamSpec("P")
 FILE = "report.html"
+CURVE = "budget.svg"
 DOTS = 96  # of CSS per inch
 SMALL = 0.6  # of a figure's own size: the least that it is shown at
 FILES = {
@@ -38,6 +39,8 @@ FILES = {
     "masks.safetensors": "masks of single weights", "result.json": "the figures of this page",
     "settings.json": "what was asked for", "log.jsonl": "what happened",
     "probabilities.json": "how the search went", "training.json": "how the training went",
+    "scores.safetensors": "the search's scores of all units",
+    CURVE: "score over budget",
     "inherit.safetensors": "what the search has learned",
     "transfer.json": "what became of each entry", "source.json": "the spec that was carried over",
     "space.toml": "the winner's space",
@@ -54,11 +57,14 @@ def write(run: str | Path) -> Path:
     spec = Spec.load(folder.path) if folder.has("spec.json") else None
     drawn = outline(spec) if spec else None
     trains = trainings_of(folder)
+    figures = _figures(folder, values, drawn, trains)
+    if "budget" in figures:
+        save(figures["budget"][0], folder.path / CURVE)
     page = render(
         "run.html", v=values, spec=spec, command=command_of(folder), path=str(folder.path),
         answer=answer(values), rows=rows(values), ledger=ledger(values, spec, drawn),
         figures={name: _inline(made, name, told) for name, (made, told) in
-                 _figures(folder, values, drawn, trains).items()},
+                 figures.items()},
         usage=usage(folder, values), provenance=provenance(values, spec),
         files=[(name, told, size((folder.path / name).stat().st_size))
                for name, told in FILES.items() if folder.has(name)],
@@ -215,6 +221,10 @@ def _figures(folder: RunFolder, values: Mapping[str, Any], drawn: Outline | None
     if len(scored) > 1:
         found["cost"] = (plot.cost(scored, f"{values['metric']} on {values['split']}"),
                          "Score over cost, beside the controls.")
+    if own := plot.smaller(values, folder.path):
+        found["budget"] = (plot.budget([*own, scored[0]],
+                                       f"{values['metric']} on {values['split']}"),
+                           "Score over budget: structures of one search, each part of the next.")
     try:
         record = record_of(folder)
     except InputError:  # a strategy without gates

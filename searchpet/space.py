@@ -18,6 +18,7 @@ from torch import Tensor
 from searchpet import catalog
 from searchpet.deltas import Delta
 from searchpet.errors import InputError, unknown
+from searchpet.patterns import Pattern
 from searchpet.site import Site
 from searchpet.spacefile import Rule, read_space
 from searchpet.spec import Entry
@@ -51,16 +52,18 @@ class Space:
     first: int64 (units,), that coordinate's number inside its placement.
     neutral: float32 (units,), the gate that changes nothing: 0 for PET, 1 for prune masks.
     share: of the budget, what a kind may spend; kinds without one share the rest.
+    forbid: PET that has no place in it.  Raises InputError for a pattern that matches none.
     """
 
     def __init__(self, name: str, sites: Sequence[Site], rules: Sequence[Rule],
-                 share: Mapping[str, float] | None = None) -> None:
+                 share: Mapping[str, float] | None = None,
+                 forbid: Sequence[Pattern] = ()) -> None:
         self.name, self.sites, self.share = name, tuple(sites), dict(share or {})
         placements: list[Placement] = []
         costs: list[Tensor] = []
         labels: list[Any] = []
         bulk: list[Placement] = []
-        for site, rule in _pairs(name, sites, rules):
+        for site, rule in _without(name, _pairs(name, sites, rules), forbid, _depths(sites)):
             with torch.device("meta"):  # shapes only
                 delta = make(rule.kind, site, rule.options)
             place = Placement(site, rule.kind, rule.options, rule.grain, delta.width,
@@ -101,6 +104,19 @@ class Space:
     def parameters(self, keep: Tensor) -> int:
         """Exact parameters of the kept units; keep (units,) bool."""
         return int(self.cost[keep.cpu()].sum())
+
+    def matching(self, found: Pattern, option: str) -> Tensor:
+        """PET units with a coordinate where a pattern matches: bool (units,).
+
+        Raises InputError where there is none.
+        """
+        units, depth = torch.zeros(len(self), dtype=torch.bool), _depths(self.sites)
+        for p in self.placements:
+            if p.neutral == 0 and found.matches(p.site, p.kind, depth.get(p.site.part, 0)):
+                units[self.unit[p.start : p.start + p.width]] = True
+        if not bool(units.any()):
+            raise _none(self.name, found, option)
+        return units
 
     def slopes(self, place: Placement) -> tuple[int, int, int]:
         """Parameters of one coordinate of a placement: all, per input and per output feature."""
@@ -163,10 +179,7 @@ def _check_option(what: str, value: Any, hint: Any) -> None:
 
 def _pairs(name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> list[tuple[Site, Rule]]:
     """Every (site, rule) that applies, in the order of sites.  No kind twice at a site."""
-    depth: dict[str, int] = {}
-    for site in sites:
-        if site.form != "norm":
-            depth[site.part] = max(depth.get(site.part, 0), site.layer + 1)
+    depth = _depths(sites)
     pairs = [
         (site, rule) for site in sites for rule in rules
         if catalog.get("deltas", rule.kind).fits(site)
@@ -183,6 +196,37 @@ def _pairs(name: str, sites: Sequence[Site], rules: Sequence[Rule]) -> list[tupl
             raise InputError(f"space {name}: every rule must match a site of this model, but rule "
                              f"{number} ({rule.kind}) matches none; see `searchpet sites`")
     return pairs
+
+
+def _depths(sites: Sequence[Site]) -> dict[str, int]:
+    """Number of blocks of each stack."""
+    depth: dict[str, int] = {}
+    for site in sites:
+        if site.form != "norm":
+            depth[site.part] = max(depth.get(site.part, 0), site.layer + 1)
+    return depth
+
+
+def _without(name: str, pairs: Sequence[tuple[Site, Rule]], forbid: Sequence[Pattern],
+             depth: Mapping[str, int]) -> Sequence[tuple[Site, Rule]]:
+    """The pairs of which no pattern forbids the PET."""
+    left = list(pairs)
+    for pattern in forbid:
+        rest = [(site, rule) for site, rule in left
+                if catalog.get("deltas", rule.kind).neutral == 1
+                or not pattern.matches(site, rule.kind, depth.get(site.part, 0))]
+        if len(rest) == len(left):
+            raise _none(name, pattern, "--forbid")
+        left = rest
+    if forbid and all(catalog.get("deltas", rule.kind).neutral == 1 for _, rule in left):
+        raise InputError(f"--forbid must leave units of PET, but of space {name} none is left; "
+                         "forbid less")
+    return left
+
+
+def _none(name: str, pattern: Pattern, option: str) -> InputError:
+    return InputError(f"{option} must match PET of space {name} on this model, but {pattern.text} "
+                      "matches none; see `searchpet space`")
 
 
 def build_space(name: str, sites: Sequence[Site]) -> Space:

@@ -26,7 +26,7 @@ from searchpet.budget import Budget
 from searchpet.bulk import MASK_FILE, read_bits
 from searchpet.counterpart import VERDICTS, Match, Source, Target, source_of
 from searchpet.discover import discover
-from searchpet.engine import CONTROLS, Result, check_test, control, values_of
+from searchpet.engine import CONTROLS, Result, check_test, control
 from searchpet.errors import InputError
 from searchpet.launch import opened
 from searchpet.multitask import open_session
@@ -105,7 +105,7 @@ def _train(session: Session, folder: RunFolder, spec: Spec, sweep: bool, control
     ask = _like(spec)
     rows = [control(session, folder, replace(ask, strategy=name), i, test)
             for i in range(controls) for name in CONTROLS]
-    values = {**values_of(session, spec, row, test), "strategy": "transfer", "controls": rows,
+    values = {**once.values_of(session, spec, row, test), "strategy": "transfer", "controls": rows,
               "full_finetune": None, "transfer": spec.provenance["report"]}
     folder.write_json("result.json", values)
     return Result(folder.path, spec, values)

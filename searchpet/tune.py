@@ -18,10 +18,11 @@ from optuna.trial import FrozenTrial
 
 from searchpet.ask import STRATEGY, Ask
 from searchpet.collect import STORE, fetch, front, keep, winner
-from searchpet.engine import Result, default_out, evaluate, latencies, values_of
+from searchpet.engine import Result, default_out, evaluate, latencies
 from searchpet.errors import InputError, shown
 from searchpet.latency import Table
 from searchpet.multitask import open_session
+from searchpet.once import values_of
 from searchpet.propose import budget_of
 from searchpet.pruning import asked as prune_to
 from searchpet.question import (

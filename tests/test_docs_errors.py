@@ -15,8 +15,8 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sqlalchemy.exc import OperationalError
 
 from searchpet import InputError, cli, failures
-from searchpet.engine import _in_vain
 from searchpet.merge import merge
+from searchpet.once import _in_vain
 from searchpet.removal import removable
 from searchpet.run import StageLoop
 from tests.docsplace import furnish

@@ -75,5 +75,8 @@ def answer(value: Any, as_json: bool, render: Callable[[Any], Iterable[Any]],
 
 def finish(result: Result, as_json: bool) -> None:
     """The end of `search` and `train`: the comparison, what was saved where, what to do next."""
-    answer(result.values, as_json, lambda views: views.finished(result.values, result.path),
-            result.values["warnings"])
+    from searchpet import insightviews
+
+    answer(result.values, as_json, lambda views: [
+        *insightviews.budgets(result.values), *views.finished(result.values, result.path)],
+           result.values["warnings"])

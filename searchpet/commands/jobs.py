@@ -18,13 +18,15 @@ def search(
     task: o.TaskName = "agreement", task_weights: o.TaskWeights = None, data: o.Data = None,
     strategy: o.Strategy = "bilevel",
     space: o.SpaceName = None, set_: o.Set = [],  # noqa: B006  typer copies it
-    budget: o.Budget = "0.01%", keep_flops: o.KeepFlops = None,
+    budget: o.Budgets = "0.01%", keep_flops: o.KeepFlops = None,
     keep_weights: o.KeepWeights = None, keep_latency: o.KeepLatency = None,
-    masks: o.Masks = None, distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
-    inherit: o.Inherit = False, controls: o.Controls = 1,
-    full: o.AlsoFull = False, count_head: o.CountHead = False, seed: o.Seed = 0,
-    steps: o.Steps = 300, batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1,
-    max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    masks: o.Masks = None, must: o.Must = [], forbid: o.Forbid = [],  # noqa: B006
+    distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
+    inherit: o.Inherit = False, no_train: Annotated[bool, typer.Option(
+        "--no-train", help="Only find the structures.", rich_help_panel=o.TRAIN)] = False,
+    controls: o.Controls = 1, full: o.AlsoFull = False, count_head: o.CountHead = False,
+    seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
+    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
     out: o.Out = None, resume: o.Resume = False, dry_run: o.DryRun = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
@@ -33,7 +35,8 @@ def search(
     given: dict[str, Any] = {
         "strategy": strategy, "space": space, "set": o.assignments(set_, strategy),
         "budget": budget, "keep_flops": keep_flops, "keep_weights": keep_weights,
-        "keep_latency": keep_latency, "masks": masks, "controls": controls, "full": full,
+        "keep_latency": keep_latency, "masks": masks, "must": must or None,
+        "forbid": forbid or None, "train": not no_train, "controls": controls, "full": full,
         "count_head": count_head, **o.settings(ctx)}
     if dry_run:
         from searchpet.plan import plan
@@ -48,6 +51,12 @@ def search(
         result = reported(run)(**given, distill=distill, recovery=o.values(recovery),
                                inherit=inherit, test=test, out=out, resume=resume,
                                listener=teller)
+    if no_train:
+        from searchpet import insightviews
+
+        answer(result.values, json_, lambda _: insightviews.untrained(result.values, result.path),
+               result.values["warnings"])
+        return
     finish(result, json_)
 
 

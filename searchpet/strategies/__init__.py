@@ -80,6 +80,7 @@ class Problem:
     keep:      what inference may cost, where the space has prune masks.
     limits:    both, on the space's units: `shift` for probabilities, `fill` for a choice.
     settled:   which prune units stay, (units,) bool, where that is decided already.
+    must:      PET units that are kept in any case, (units,) bool, where that is wished.
     importance: importance(name, batches) -> (units,), a score of every prune unit.
     settle_weights: (score, allocation, batches) chooses masks of single weights, which are no
         units, and hooks them in; None where the space has none.
@@ -111,6 +112,7 @@ class Problem:
     generator: torch.Generator
     keep: Keep | None = None
     settled: Tensor | None = None
+    must: Tensor | None = None
     importance: Callable[[str, Sequence[Batch]], Tensor] = _unmeasured
     settle_weights: SettleWeights | None = None
     settle_pet: Settle | None = None
@@ -160,7 +162,7 @@ class Problem:
     @cached_property
     def limits(self) -> Limits:
         """The budgets on the space's units."""
-        return Limits(self.space, self.limit, self.keep, self.settled)
+        return Limits(self.space, self.limit, self.keep, self.settled, self.must)
 
 
 @dataclass(frozen=True)
