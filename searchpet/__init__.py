@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from searchpet.discover import discover
     from searchpet.engine import apply, load, merge
     from searchpet.errors import InputError
+    from searchpet.explain import explain
     from searchpet.export import export
     from searchpet.jobs import search, train, transfer
     from searchpet.serve import serve
@@ -28,6 +29,7 @@ __all__ = [
     "apply",
     "diff",
     "discover",
+    "explain",
     "export",
     "load",
     "merge",
@@ -46,6 +48,7 @@ _HOME = {
     "apply": "engine",
     "diff": "diff",
     "discover": "discover",
+    "explain": "explain",
     "export": "export",
     "load": "engine",
     "merge": "engine",

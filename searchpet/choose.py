@@ -33,7 +33,7 @@ def nested(limits: Limits, ranking: Ranking, parameters: Sequence[int], strategy
            ) -> list[tuple[Limits, Tensor]]:
     """For each limit, rising: the limits and keep (units,) bool, which contains the one before.
 
-    limits: those of the search, the largest;  parameters: of PET, the last that of `limits`.
+    limits: those of the search;  parameters: of PET; a single one is that of `limits`.
     Raises InputError where several choices, or what must be kept, cannot be had.
     """
     must = limits.must

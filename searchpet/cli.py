@@ -43,7 +43,7 @@ app = typer.Typer(
 for command in (jobs.search, jobs.train, runs.evaluate, runs.predict, runs.show, runs.verify,
                 runs.compare, choices.sites, choices.space, choices.list_, jobs.grid, tune.tune,
                 tune.trials, carry.transfer, carry.vote, export.export, figures.plot,
-                figures.report, insight.diff):
+                figures.report, insight.diff, insight.explain):
     app.command(command.__name__.rstrip("_"))(command)
 app.add_typer(specs.specs, name="specs")
 

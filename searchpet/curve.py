@@ -26,18 +26,23 @@ def specs(folder: RunFolder, largest: Spec) -> list[tuple[RunFolder, Spec]]:
     return [*sorted(found, key=lambda pair: pair[1].budget.limit), (folder, largest)]
 
 
-def train(session: Session, folder: RunFolder, largest: Spec, test: bool,
-          told: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Train what is smaller than the run's own spec; result.json of each, rising.
+def begin(session: Session, folder: RunFolder, largest: Spec, **told: Any) -> None:
+    """Say in the folder of each smaller spec how it is trained, so that it is a run of its own.
 
-    told: what else settings.json says.
+    told: what settings.json says beside the session's settings.
     """
+    for sub, spec in specs(folder, largest)[:-1]:
+        sub.write_json("settings.json", asked(
+            session.settings, command="train", spec=spec.hash, reference=None, sweep=False,
+            **told))
+
+
+def train(session: Session, folder: RunFolder, largest: Spec, test: bool,
+          ) -> list[Mapping[str, Any]]:
+    """Train what is smaller than the run's own spec; result.json of each, rising."""
     rows: list[Mapping[str, Any]] = []
     for sub, spec in specs(folder, largest)[:-1]:
         session.job = spec.budget.text
-        sub.write_json("settings.json", asked(
-            session.settings, command="train", spec=spec.hash, reference=None, sweep=False,
-            test=test, **told))
         row = once.train(session, sub, spec, session.settings.seed, test=test)
         values = {**once.values_of(session, spec, row, test), "controls": [],
                   "strategy": spec.provenance["strategy"], "full_finetune": None}

@@ -75,8 +75,8 @@ def search(
 ) -> Result:
     """Find a structure, train it, train the controls, write the run folder.
 
-    budget: one, or several with commas between: one search, at the largest, finds a structure for
-    each, a smaller one part of every larger one.  The run is that of the largest; the smaller ones
+    budget: one, or several with commas between: one search finds a structure for each, a smaller
+    one part of every larger one; it runs at their geometric middle.  The run is that of the largest; the smaller ones
     lie in its folder `budgets`.  train: else nothing is trained but the search's own deltas.
     settings: fields of `Settings` (model, task, steps, seed, ...).  `set` holds hyperparameters
     of the strategy.  `full` also trains full fine-tuning, for reference.
@@ -116,6 +116,7 @@ def search(
     _teach(session, folder, distill, terms)
     session.job = ask.strategy
     spec, spent = once.find(session, folder, ask, chosen.seed, scores=True)
+    curve.begin(session, folder, spec, test=test, distill=distill, recovery=values["recovery"])
     if not train:
         return Result(folder.path, spec, {
             "strategy": strategy, "space": spec.provenance["space"], "spec_hash": spec.hash,
@@ -125,8 +126,7 @@ def search(
     start = take(folder) if inherit else None
     main = {**once.train(session, folder, spec, chosen.seed, test=test, start=start),
             "search_seconds": spent}
-    smaller = curve.train(session, folder, spec, test, {
-        name: values[name] for name in ("distill", "recovery")})
+    smaller = curve.train(session, folder, spec, test)
     like = replace(ask, set={}, budget=spec.budget.text)
     rows = [control(session, folder, replace(like, strategy=name), i, test)
             for i in range(controls) for name in CONTROLS]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from searchpet.diff import Change, Diff, Side
+from searchpet.explain import STEP, Explained, Unit
 from searchpet.views import duration, share, table
 
 FEW = 12  # rows of a long table, where not all are asked for
@@ -90,3 +91,59 @@ def _by_role(changes: Iterable[Change]) -> list[Change]:
         at = change.part, change.role, change.kind
         found[at] = found[at].plus(change) if at in found else change
     return [found[at] for at in sorted(found)]
+
+
+def explained(found: Explained, every: bool) -> Iterable[Any]:
+    """Why each unit is kept, what comes next and what goes first."""
+    yield (f"{found.backbone}: {found.used:,} of {found.limit:,} parameters, found by "
+           f"{found.strategy}, {found.hash[:8]}")
+    if found.by:
+        cut = "" if found.cut is None else f"; the best unit left out has {found.cut:.4g}"
+        yield f"chosen by {found.by}{cut}"
+    yield ""
+    few = every or len(found.kept) <= 2 * FEW
+    if few:
+        yield _units(f"{len(found.kept):,} kept", found.kept, found)
+    else:
+        yield _units(f"{len(found.kept):,} kept, the first", found.kept[:FEW], found)
+        yield ""
+        yield _units("and the last", found.kept[-FEW:], found)
+        yield from _rest(len(found.kept) - 2 * FEW)
+    if found.by:
+        for title, units in ((f"enters with {STEP}% more budget", found.enters),
+                             (f"leaves with {STEP}% less", found.leaves)):
+            yield ""
+            shown = units if every else units[:FEW]
+            yield _units(title, shown, found) if units else f"nothing {title}"
+            yield from _rest(len(units) - len(shown))
+    gone = [unit for unit in found.masks if not unit.kept]
+    if found.masks:
+        yield ""
+        best = gone if every else gone[:FEW]
+        yield _units(f"{len(gone):,} of {len(found.masks):,} pruned, the best first", best, found)
+        yield from _rest(len(gone) - len(best))
+
+
+def _units(title: str, units: Sequence[Unit], found: Explained) -> Table:
+    """A row for each; columns that nobody has are left out."""
+    columns: dict[str, Callable[[Unit], object]] = {
+        "number": _numbers, "rank": lambda u: u.rank,
+        "score": lambda u: _digits(u.score), "parameters": lambda u: u.cost or None,
+        "per parameter": lambda u: _digits(u.worth) if found.by != "score" else None,
+        "above the cut": lambda u: None if u.margin is None else f"{u.margin:+.3g}",
+        f"kept by, of {found.runs}": lambda u: None if u.often is None else round(
+            u.often * found.runs)}
+    shown = {name: get for name, get in columns.items()
+             if any(get(unit) not in (None, "") for unit in units)}
+    return table(title, "kind", "layer", *shown, left=2, rows=[
+        [f"{u.part} {u.role}".strip(), u.kind, u.layer, *(get(u) for get in shown.values())]
+        for u in units])
+
+
+def _numbers(unit: Unit) -> str:
+    more = f" ({unit.coordinates:,} together)" if unit.coordinates > 1 else ""
+    return f"{unit.coordinate}{more}"
+
+
+def _digits(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -65,8 +66,9 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
             scores: bool = False) -> tuple[Spec, float]:
     """Run a strategy; the found spec and the seconds it took.
 
-    Of several budgets the search has the largest, and the specs of the smaller ones, each part of
-    the next, go into folders of their own.  scores: keep those of all units.
+    Of several budgets the search has the geometric middle of the least and the largest: one with
+    room for nearly all units ranks none (experiments/many_budgets/).  The specs of the smaller
+    ones, each part of the next, go into folders of their own.  scores: keep those of all units.
     Raises InputError for a budget below the cheapest unit and for an unknown name.
     """
     began = time.monotonic()
@@ -78,6 +80,7 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         for budget, limit in budgets:
             budget.afford(int(space.cost[~space.prunes].min()) + budget.limit - limit)
             affordable(space.cost, must, limit, budget.text)
+        limit = math.isqrt(budgets[0][1] * budgets[-1][1])
         keep = None
         if ask.prune and not space.bulk:
             keep = keep_of(ask.prune, model, space, session.table)

@@ -48,6 +48,7 @@ STOREYS: dict[float, list[str]] = {
     4.8: ["ask"],
     4.85: ["searched"],
     4.87: ["diff"],
+    4.88: ["explain"],
     4.9: ["knobs"],
     4.95: ["apportion", "oneshot", "tunefile"],
     4.97: ["counterpart"],
