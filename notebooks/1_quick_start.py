@@ -60,8 +60,8 @@ pd.DataFrame(rows, columns=["structure", "accuracy", "trained parameters"]).roun
 #
 # ## Look
 #
-# The structure: layers upwards, positions from left to right, a bar for each kind. Its height
-# is how many channels the kind keeps there.
+# The structure: layers from left to right, positions from top to bottom, a bar for each kind. Its
+# height is how many channels the kind keeps there; on the right is what a position got in all.
 
 # %%
 plot.structure(found.spec)

@@ -81,9 +81,7 @@ plot.changes(spec, found)
 # Jaccard's index is the share that both keep of all that either keeps:
 
 # %%
-from searchpet.diff import diff
-
-compared = diff(spec, found)
+compared = searchpet.diff(spec, found)
 pd.DataFrame(compared.overlap).round(3)
 
 # %% [markdown]

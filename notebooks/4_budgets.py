@@ -52,8 +52,8 @@ pd.DataFrame(bought["kinds"])
 # %% [markdown]
 # ## One search, several budgets
 #
-# The search has the largest budget; the smaller structures are chosen by the same scores, each a
-# part of the next, and all are trained. On the command line it is
+# The search runs at the geometric middle of the budgets, and its scores choose a structure for
+# each, every one a part of the next. All are trained. On the command line it is
 # `searchpet search --budget 0.001%,0.01%,0.1%`.
 
 # %%
