@@ -85,7 +85,8 @@ compared = searchpet.diff(spec, found)
 pd.DataFrame(compared.overlap).round(3)
 
 # %% [markdown]
-# Where they differ most:
+# They share no more single channels than two draws would: with one seed on each of two tasks, no
+# channel as such shows to matter. By place they differ most here:
 
 # %%
 pd.DataFrame(compared.changes)[["role", "layer", "kind", "only_a", "both", "only_b"]].head(6)
