@@ -21,12 +21,11 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from searchpet.grafts import Graft, Grafts
 from searchpet.processes import from_first
 
 HEAD, HEAD_LR = "head", 5e-3  # the output layer, and its rate, whatever the method
@@ -34,6 +33,28 @@ DRAWN = "drawn"  # the relative rate of parameters that are not zero at init
 CROWD = 4.5  # at tau 0.1 a change of 0.45: on TREC-6 at 1 % that learns, 0.6 may stay at chance
 SMALL = 1e-2  # of the rates when the joint change is measured: far inside what is linear
 STEP = 1e-3  # of the probe; the first step is linear in it for every kind that is silent at init
+
+
+class Part(Protocol):
+    """A module that adds to a site's output; delta(x, y, z) is what it adds."""
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def delta(self) -> nn.Module: ...
+
+
+class Parts(Protocol):
+    """What is hooked in: `searchpet.grafts.Grafts`, or another library's.
+
+    watch, if set, is called with (number of the part, x, y) when it runs;  z: gates of each.
+    """
+
+    z: list[Tensor]
+    watch: Callable[[int, Tensor | None, Tensor], None] | None
+
+    @property
+    def grafts(self) -> Sequence[Part]: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +66,7 @@ class Calibration:
     """
 
     model: nn.Module
-    grafts: Grafts
+    grafts: Parts
     loss: Callable[[], Tensor]
     head: Collection[str]
     lr: float | None = None
@@ -69,7 +90,7 @@ class Calibration:
         return min(1.0, CROWD * tau / change) if change > 0 else 1.0
 
 
-def probe(grafts: Grafts, loss: Callable[[], Tensor]) -> dict[str, float]:
+def probe(grafts: Parts, loss: Callable[[], Tensor]) -> dict[str, float]:
     """Relative output change per unit of learning rate, by kind.
 
     loss() runs the backbone on a small batch, gates as they are.  Parameters are left as they
@@ -86,7 +107,7 @@ def probe(grafts: Grafts, loss: Callable[[], Tensor]) -> dict[str, float]:
         value = loss()
     finally:
         grafts.watch = None
-    parameters = list(grafts.deltas.parameters())
+    parameters = [p for graft in grafts.grafts for p in graft.delta.parameters()]
     gradients = torch.autograd.grad(value, parameters, allow_unused=True)
     sign = {id(p): g.sign() for p, g in zip(parameters, gradients, strict=True) if g is not None}
     ratios: dict[str, list[float]] = defaultdict(list)
@@ -110,7 +131,7 @@ def lowered(rates: Mapping[str, float], factor: float) -> dict[str, float]:
             for kind, rate in rates.items()}
 
 
-def groups(grafts: Iterable[Graft], head: Sequence[nn.Parameter], rates: Mapping[str, float],
+def groups(grafts: Iterable[Part], head: Sequence[nn.Parameter], rates: Mapping[str, float],
            ) -> list[dict[str, Any]]:
     """Parameter groups `{params, kind, lr}` of deltas at their init, and of the head.
 
@@ -142,7 +163,7 @@ def _size(parameters: Sequence[Tensor]) -> float:
     return float((total / count) ** 0.5) if count else float("inf")
 
 
-def together(grafts: Grafts, loss: Callable[[], Tensor], entrance: Sequence[nn.Module],
+def together(grafts: Parts, loss: Callable[[], Tensor], entrance: Sequence[nn.Module],
              rates: Mapping[str, float]) -> float:
     """Relative change of what enters the head when every delta takes its first Adam step.
 

@@ -25,17 +25,21 @@ from torch import Tensor
 
 from searchpet import once
 from searchpet.apply import apply, read_delta, write_tensors
+from searchpet.budget import Budget
 from searchpet.errors import InputError
 from searchpet.gridcells import Cell, cells_of, file_name, trainings_of
-from searchpet.gridfile import REFERENCES, GridFile, read_grid
+from searchpet.gridfile import GridFile, read_grid
 from searchpet.inherit import take
 from searchpet.ledger import RESULT_KEY, SWEEP_KEY, Ledger, Row, alone, claim, write_table
 from searchpet.multitask import open_session
+from searchpet.outside import NAMES, Outside
 from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.spec import Spec
 from searchpet.teach import Teaching, taught
+
+Trainee = Spec | Outside | str  # what a method comes to: a structure, PEFT's own, a reference
 
 
 @dataclass
@@ -56,7 +60,7 @@ class Bench:
 
     def finals(self, cell: Cell) -> list[tuple[int, int]]:
         """(structure seed, training seed) of every final training of a cell."""
-        count = 1 if cell.method.name in REFERENCES else cell.method.structures
+        count = cell.method.structures if cell.method.searches else 1
         return [(s, seed) for s in range(count) for seed in self.grid.seeds]
 
     def finished(self, cell: Cell) -> bool:
@@ -111,7 +115,7 @@ def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
     session.job = str(cell)
     terms = cell.method.terms()
     session.teaching = None if terms is None else _teaching(bench, cell, session, terms)
-    found: dict[int, tuple[Spec | str, float]] = {}
+    found: dict[int, tuple[Trainee, float]] = {}
     for structure, _ in bench.finals(cell):
         if structure not in found:
             found[structure] = _structure(bench, cell, session, structure)
@@ -127,16 +131,26 @@ def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
                            f"{line['metric']} {line['score']:.4f} on {line['split']}")
 
 
-def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[Spec | str, float]:
+def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[Trainee, float]:
     """The structure of a structure seed, and the seconds that finding it took."""
-    if cell.method.name in REFERENCES:
-        return cell.method.name, 0.0
+    if not cell.method.searches:
+        return _as_it_is(cell, session), 0.0
     folder = RunFolder(cell.home).sub(f"structure-{seed}")
     ask = bench.grid.ask(cell.method, cell.budget, cell.keep)
     with alone(folder.path):  # a process with another cell may be at it
         if not folder.has("spec.json"):
             bench.progress(f"{cell} structure {seed}: search")
         return once.find(session, folder, ask, seed)
+
+
+def _as_it_is(cell: Cell, session: Session) -> Outside | str:
+    """A reference, or another library's method within the cell's budget."""
+    name = cell.method.name
+    if name not in NAMES:
+        return name
+    if cell.method.reference:
+        return Outside(name)
+    return Outside(name, Budget.parse(cell.budget, session.identity.parameters).limit)
 
 
 def _teaching(bench: Bench, cell: Cell, session: Session, terms: Recovery) -> Teaching:
@@ -150,7 +164,7 @@ def _teaching(bench: Bench, cell: Cell, session: Session, terms: Recovery) -> Te
         return taught(session, folder, "full", terms)
 
 
-def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
+def _best_tau(bench: Bench, cell: Cell, session: Session, method: Trainee,
               seconds: float) -> float:
     """The tau with the best validation score; the first of equals."""
     if len(bench.grid.taus) == 1:
@@ -168,7 +182,7 @@ def _best_tau(bench: Bench, cell: Cell, session: Session, method: Spec | str,
     return max(bench.grid.taus, key=lambda tau: rows[cell.key(0, seed, tau)]["score"])
 
 
-def _final(bench: Bench, cell: Cell, session: Session, method: Spec | str,
+def _final(bench: Bench, cell: Cell, session: Session, method: Trainee,
            seeds: tuple[int, int], tau: float) -> Row:
     """A final training.  The sweep's own training with the chosen tau is not repeated: its
     tensors get their test score now, after the choice.
@@ -190,7 +204,7 @@ def _final(bench: Bench, cell: Cell, session: Session, method: Spec | str,
 
 def _start(cell: Cell, structure: int) -> dict[str, Tensor] | None:
     """What a structure's search has left it to begin with, if it is to be used."""
-    if not cell.method.inherit or cell.method.name in REFERENCES:
+    if not (cell.method.inherit and cell.method.searches):
         return None
     return take(RunFolder(cell.home).sub(f"structure-{structure}"))
 
@@ -213,6 +227,7 @@ def _line(cell: Cell, session: Session, row: Mapping[str, Any], seeds: tuple[int
         "trainable": row["trainable"], "tau": row["tau"], "search_seconds": search_seconds,
         "train_seconds": row["train_seconds"],
         **({"keep": cell.kept} if cell.keep else {}),
+        **({"most": row["most"]} if row.get("most") else {}),
     }
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from searchpet.budget import Budget
 from searchpet.gridfile import REFERENCES, GridFile, Method
+from searchpet.outside import Outside
+from searchpet.run import RunFolder
 from searchpet.session import Session
+
+SIZE = "size.json"  # of a method without a budget
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Cell:
         return (self.task, self.share, self.method.name, structure, seed, self.kept, *tau)
 
     def __str__(self) -> str:
-        budget = "" if self.method.name in REFERENCES else f" {self.budget}"
+        budget = "" if self.method.reference else f" {self.budget}"
         keep = f" keep {self.keep}" if self.keep else ""
         return f"{self.task}{budget}{keep} {self.method.name}"
 
@@ -49,12 +53,11 @@ def cells_of(grid: GridFile, folder: Path, task: str, session: Callable[[], Sess
     for i, shared in enumerate(map(str, grid.budgets)):
         for j, keep in enumerate(grid.keep_flops or ("",)):
             for method in grid.methods:
-                prunes = method.masks != "" and method.name not in REFERENCES
+                prunes = method.masks != "" and method.searches
                 own = None if method.budget is None else str(method.budget)
-                if method.name in REFERENCES and i + j == 0:
-                    yield _cell(grid, folder, task, "", REFERENCES[method.name], method, "")
-                elif (method.name not in REFERENCES and (prunes or j == 0)
-                      and (own is None or i == 0)):
+                if method.reference and i + j == 0:
+                    yield _reference(grid, folder, task, method, session)
+                elif not method.reference and (prunes or j == 0) and (own is None or i == 0):
                     budget = own or shared
                     yield _cell(grid, folder, task, budget, _share(budget, session), method,
                                 keep if prunes else "")
@@ -65,11 +68,11 @@ def trainings_of(grid: GridFile) -> int:
     sweep = len(grid.taus) if len(grid.taus) > 1 else 0
     total = 0
     for method in grid.methods:
-        reference = method.name in REFERENCES
-        keeps = 1 if method.masks == "" else max(1, len(grid.keep_flops))
+        prunes = method.masks != "" and method.searches
+        keeps = max(1, len(grid.keep_flops)) if prunes else 1
         budgets = 1 if method.budget is not None else len(grid.budgets)
-        cells = 1 if reference else budgets * keeps
-        structures = 1 if reference else method.structures
+        cells = 1 if method.reference else budgets * keeps
+        structures = method.structures if method.searches else 1
         total += cells * (structures * len(grid.seeds) + sweep)
     return len(grid.tasks) * total
 
@@ -79,13 +82,30 @@ def file_name(text: str) -> str:
     return text.replace("%", "pc").replace("/", "--").replace(":", "-").replace(" ", "_")
 
 
+def _reference(grid: GridFile, folder: Path, task: str, method: Method,
+               session: Callable[[], Session]) -> Cell:
+    """The cell of a method without a budget; its own size is measured once."""
+    cell = _cell(grid, folder, task, "", REFERENCES[method.name] or 0.0, method, "")
+    if REFERENCES[method.name] is not None:
+        return cell
+    home = RunFolder(cell.path)
+    if not home.has(SIZE):
+        with session().fresh(grid.seeds[0], spoil=True) as model:
+            found = Outside(method.name).attach(model, session().head, grid.steps, 0)
+            home.path.mkdir(parents=True, exist_ok=True)
+            home.write_json(SIZE, {"trainable": found.most,
+                                   "backbone": session().identity.parameters})
+    size = home.read_json(SIZE)
+    return replace(cell, share=size["trainable"] / size["backbone"])
+
+
 def _cell(grid: GridFile, folder: Path, task: str, budget: str, share: float, method: Method,
           keep: str) -> Cell:
     def path(name: str) -> Path:
         parts = [task, budget or "all", *([f"keep-{keep}"] if keep else []), name]
         return folder.joinpath("work", *map(file_name, parts))
 
-    home = method if method.name in REFERENCES else grid.searched_by(method, budget, keep)
+    home = grid.searched_by(method, budget, keep) if method.searches else method
     return Cell(task, budget, share, method, path(method.name), path(home.name), keep)
 
 

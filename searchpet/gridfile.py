@@ -13,8 +13,9 @@ but for those with `masks = ""`; `budget` is its own instead of the grid's; `dis
 its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }` says on
 what else; `inherit = true` starts the trainings from what the search has learned.  Methods that
 differ in such trainings alone share their structures: the search is done once.  Names that mean
-something: `full` and `head` (references, without a budget), every strategy, `s3pet` (on the space
-`s3pet_mix`), and `default`: what the command line does with no choice made.
+something: `full`, `head` and `peft_default` (references, without a budget), `adalora` and `kappa`
+(PEFT's, within the budget), every strategy, `s3pet` (on the space `s3pet_mix`), and `default`:
+what the command line does with no choice made.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from searchpet.ask import STRATEGY, Ask, hyperparameters
 from searchpet.budget import Budget
 from searchpet.errors import InputError
 from searchpet.inherit import must_learn
+from searchpet.outside import NAMES, OWN_SIZE, needs_peft
 from searchpet.pruning import asked as prune_to
 from searchpet.recovery import Recovery
 from searchpet.settings import Settings
@@ -36,7 +38,8 @@ from searchpet.spacefile import read_space
 from searchpet.spec import first_problem
 from searchpet.teach import losses
 
-REFERENCES = {"full": 1.0, "head": 0.0}  # trained without a budget -> the budget in their lines
+# trained without a budget -> the budget in their lines; None: their own size
+REFERENCES = {"full": 1.0, "head": 0.0, **dict.fromkeys(OWN_SIZE)}
 NAMED = {"default": (STRATEGY, None), "s3pet": ("s3pet", "s3pet_mix")}  # strategy, space
 
 
@@ -54,6 +57,16 @@ class Method(BaseModel):
     recovery: dict[str, float | str] = {}  # weights of the losses and their options
     inherit: bool = False
     budget: str | int | None = None  # instead of the grid's
+
+    @property
+    def reference(self) -> bool:
+        """Whether it takes no budget."""
+        return self.name in REFERENCES
+
+    @property
+    def searches(self) -> bool:
+        """Whether a strategy finds its structures; else it is trained as it is."""
+        return not self.reference and self.name not in NAMES
 
     def resolved(self) -> tuple[str, str | None]:
         """Strategy and space; what is not given follows from the name."""
@@ -116,7 +129,7 @@ class GridFile(BaseModel):
         """The first method that asks for the same search: it is done once for all of them."""
         ask = self.ask(method, budget, keep)
         return next(m for m in self.methods
-                    if m.name not in REFERENCES and self.ask(m, budget, keep) == ask)
+                    if m.searches and self.ask(m, budget, keep) == ask)
 
     def settings(self, task: str, data: str | None) -> Settings:
         """What a session on `task` needs.  Raises InputError for a value out of range."""
@@ -142,7 +155,9 @@ def read_grid(path: str | Path) -> GridFile:
     except ValidationError as error:
         raise InputError(f"grid {path}: {first_problem(error)}") from error
     for method in grid.methods:
-        if method.name not in REFERENCES:
+        if method.name in NAMES:
+            _as_it_is(method)
+        if method.searches:
             ask = grid.ask(method, "1", None)
             hyperparameters(ask.strategy, ask.set)
             read_space(ask.named_space)
@@ -158,3 +173,13 @@ def read_grid(path: str | Path) -> GridFile:
         Settings(tau=tau, steps=grid.steps, batch_size=grid.batch_size,
                  accumulate=grid.accumulate, precision=grid.precision)
     return grid
+
+
+def _as_it_is(method: Method) -> None:
+    """Raise InputError for another library's method that is not there, or is asked for more."""
+    needs_peft(method.name)
+    allowed = {"name"} if method.reference else {"name", "budget"}
+    if more := sorted(method.model_fields_set - allowed):
+        raise InputError(f"method {method.name} is another library's and takes "
+                         f"{' and '.join(sorted(allowed))} alone, but has {', '.join(more)}; drop "
+                         "it, or give your method another name")

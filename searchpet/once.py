@@ -14,11 +14,13 @@ from searchpet.ask import OWN, Ask
 from searchpet.bulk import MASK_FILE
 from searchpet.inherit import FILE as INHERITED
 from searchpet.launch import follow
+from searchpet.outside import Outside
 from searchpet.propose import SMALLER, budgets_of, propose
 from searchpet.run import RunFolder
-from searchpet.session import Outcome, Session
+from searchpet.session import Session
 from searchpet.spacefile import toml
 from searchpet.spec import Spec
+from searchpet.train import Outcome
 
 
 def find(session: Session, folder: RunFolder, ask: Ask, seed: int, scores: bool = False,
@@ -39,7 +41,7 @@ def find(session: Session, folder: RunFolder, ask: Ask, seed: int, scores: bool 
     return Spec.load(folder.path), float(folder.read_json("search.json")["seconds"])
 
 
-def train(session: Session, folder: RunFolder, method: Spec | str, seed: int, *,
+def train(session: Session, folder: RunFolder, method: Spec | Outside | str, seed: int, *,
           tau: float | None = None, sweep: bool = False, test: bool = False,
           start: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """The outcome of a folder's training, as plain values.
@@ -64,7 +66,7 @@ def _row(outcome: Outcome) -> dict[str, Any]:
         "validation_score": outcome.score, "start_score": outcome.start,
         "trainable": outcome.trainable, "head": outcome.head,
         "tau": outcome.tau, "best_step": outcome.step, "train_seconds": outcome.seconds,
-        "history": outcome.history,
+        "history": outcome.history, "most": outcome.most,
         "removed": outcome.removed, "tensors": outcome.tensors,
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,47 +27,24 @@ from searchpet.apply import (
 )
 from searchpet.backbone import Backbone, load_backbone
 from searchpet.batch import Batch, Encoded, Encodings, encode
-from searchpet.calibrate import HEAD_LR, Calibration, groups, lowered
+from searchpet.calibrate import HEAD_LR, Calibration, Parts, groups, lowered
 from searchpet.errors import InputError
 from searchpet.grafts import Grafts
 from searchpet.latency import Table
 from searchpet.launch import check_rows, device
 from searchpet.linear_probe import ROWS, fit_output
+from searchpet.outside import Attached, Outside
 from searchpet.processes import from_first
 from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.settings import TAU, Settings
 from searchpet.spec import Spec
 from searchpet.task import Split, Task, load_task
-from searchpet.train import Recipe, evaluate, fit, logits_of, loss_of
+from searchpet.train import Outcome, Recipe, evaluate, fit, logits_of, loss_of
 
 FULL_LR = 1e-3  # x tau = 1e-4 for full fine-tuning, the usual rate for a small encoder
 SWEEP = (1 / 3, 1.0, 3.0)  # factors on tau that `--sweep` tries
 PROBE_ROWS = 8
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """A finished training: validation score, test metrics if asked for, counts, time.
-
-    removed: whether what the spec prunes was really taken out; False if masked or nothing.
-    tensors: sha256 of delta.safetensors, where one was written.
-    start: the validation score that training began with.
-    history: (step, validation score) of each evaluation, the first before any step.
-    """
-
-    score: float
-    metrics: dict[str, float]
-    test: dict[str, float] | None
-    trainable: int
-    head: int
-    tau: float
-    step: int
-    seconds: float
-    removed: bool = False
-    tensors: str | None = None
-    start: float | None = None
-    history: tuple[tuple[int, float], ...] = ()
 
 
 class Session:
@@ -189,7 +166,7 @@ class Session:
             for name, value in from_first(fitted).items():
                 own[name].copy_(value)
 
-    def calibration(self, model: nn.Module, grafts: Grafts, encoded: Encodings, seed: int,
+    def calibration(self, model: nn.Module, grafts: Parts, encoded: Encodings, seed: int,
                     ) -> Calibration:
         """Learning rates for what is grafted on the model, by a few rows."""
         batch = encoded.batches(PROBE_ROWS, seed)[0]
@@ -197,11 +174,12 @@ class Session:
         loss = self.loss(model, "fp32")
         return Calibration(model, grafts, lambda: loss(batch), self.head, self.settings.lr)
 
-    def fit(self, method: Spec | str, folder: RunFolder | None, seed: int, *,
+    def fit(self, method: Spec | Outside | str, folder: RunFolder | None, seed: int, *,
             tau: float | None = None, stage: str = "train", test: bool = False,
             after: Callable[[nn.Module], None] | None = None,
             start: Mapping[str, Tensor] | None = None) -> Outcome:
-        """Train a spec, or `full` or `head`, and keep the best validation checkpoint.
+        """Train a spec, another library's method, or `full` or `head`, and keep the best
+        validation checkpoint.
 
         start: values of a spec's deltas and of the head to begin with, named as in
         delta.safetensors; fresh ones by default.
@@ -211,19 +189,24 @@ class Session:
         """
         tau = self.settings.tau if tau is None else tau
         began = time.monotonic()
-        spoils = method == "full" or (isinstance(method, Spec) and method.keep is not None)
+        prunes = isinstance(method, Spec) and method.keep is not None
+        spoils = method == "full" or prunes or isinstance(method, Outside)
         with self.fresh(seed, spoil=spoils) as model:
             if isinstance(method, Spec):
                 apply(model, method, head=self.head, seed=seed, remove=None)
+            given: Spec | Attached | str = (
+                method.attach(model, self.head, self.settings.steps, seed)
+                if isinstance(method, Outside) else method)
+            attached = given if isinstance(given, Attached) else None
             self.fit_head(model, self.splits["train"], seed)
-            groups = self._groups(model, method, seed, tau)
+            groups = self._groups(model, given, seed, tau)
             count = sum(p.numel() for group in groups for p in group["params"])
             if isinstance(method, Spec):  # of sparse deltas what is not 0 for good
                 count = self.head_size + sum(g.parameters for g in grafts(model).grafts)
             if start is not None:
                 write_tensors(model, self.head, start, "what is inherited")
             batches = self.batches(self.splits["train"], seed)
-            loss = self.loss(model)
+            loss = self.loss(attached.loss_model if attached else model)
             if self.teaching is not None and isinstance(method, Spec):
                 objective = self.teaching(model, batches[0])
                 loss = objective.loss
@@ -231,21 +214,24 @@ class Session:
             result = fit(
                 model, groups, batches, self.recipe(), loss,
                 lambda: self.evaluate(model, "validation"),
-                lambda steps, **state: self.loop(folder, stage, steps, seed, **state))
+                lambda steps, **state: self.loop(folder, stage, steps, seed, **state),
+                course=attached.course if attached else None)
             if after is not None:
                 after(model)
             tested = self.evaluate(model, "test") if test else None
             written = None
             if folder is not None and isinstance(method, Spec):
                 written = save_delta(folder, model, self.head, self.trained(method))
-            removed = spoils and method != "full" and not has_masks(model)
+            removed = prunes and not has_masks(model)
         trained = self.identity.parameters if method == "full" else count - self.head_size
+        trained = attached.kept() if attached else trained
         return Outcome(
             result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
             self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed,
-            written, result.history[0][1], tuple(result.history))
+            written, result.history[0][1], tuple(result.history),
+            attached.most if attached else None)
 
-    def sweep(self, method: Spec | str, folder: RunFolder | None, seed: int,
+    def sweep(self, method: Spec | Outside | str, folder: RunFolder | None, seed: int,
               ) -> list[tuple[float, float]]:
         """(tau, validation score) for each factor of SWEEP; the folder keeps what is done."""
         done = folder.read_json("sweep.json") if folder and folder.has("sweep.json") else []
@@ -257,16 +243,17 @@ class Session:
                 folder.write_json("sweep.json", done)
         return [tuple(pair) for pair in done]
 
-    def _groups(self, model: nn.Module, method: Spec | str, seed: int, tau: float,
+    def _groups(self, model: nn.Module, method: Spec | Attached | str, seed: int, tau: float,
                 ) -> list[dict[str, Any]]:
         """What trains, with learning rates."""
         head = [p for n, p in model.named_parameters() if n in self.head]
-        if isinstance(method, Spec):
-            own = grafts(model)
+        if not isinstance(method, str):
+            own: Parts = grafts(model) if isinstance(method, Spec) else method
             measured = self.calibration(model, own, self.splits["train"], seed)
             found = measured.rates(tau)
             found = lowered(found, measured.room(found, tau))
-            return groups([g for g in own.grafts if g.delta.neutral == 0], head, found)
+            return groups([g for g in own.grafts if any(True for _ in g.delta.parameters())],
+                          head, found)
         for name, p in model.named_parameters():
             p.requires_grad_(method == "full" or name in self.head)
         if method == "head":

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -32,6 +32,11 @@ class Recipe:
     patience: int = 4  # evaluations without a better score before training stops
     precision: str = "fp32"
 
+    @property
+    def interval(self) -> int:
+        """Steps between two evaluations."""
+        return max(1, self.steps // self.evaluations)
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -42,6 +47,60 @@ class Fit:
     metrics: dict[str, float]
     step: int
     history: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished training: validation score, test metrics if asked for, counts, time.
+
+    removed: whether what the spec prunes was really taken out; False if masked or nothing.
+    tensors: sha256 of delta.safetensors, where one was written.
+    start: the validation score that training began with.
+    history: (step, validation score) of each evaluation, the first before any step.
+    most: parameters that trained at most, beside the head, where some of them went on the way.
+    """
+
+    score: float
+    metrics: dict[str, float]
+    test: dict[str, float] | None
+    trainable: int
+    head: int
+    tau: float
+    step: int
+    seconds: float
+    removed: bool = False
+    tensors: str | None = None
+    start: float | None = None
+    history: tuple[tuple[int, float], ...] = ()
+    most: int | None = None
+
+
+class Course(Protocol):
+    """What else happens in a training, step by step.
+
+    state: what changes by it, for checkpoints, as `StageLoop` takes it.
+    """
+
+    @property
+    def state(self) -> Mapping[str, Any]: ...
+    def moved(self, step: int) -> None:
+        """Called after the optimizer's step; its gradients are still there."""
+
+    def settled(self, steps: int) -> bool:
+        """Whether what there is after so many steps may be the result."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Nothing else happens."""
+
+    state: Mapping[str, Any] = field(default_factory=dict)
+
+    def moved(self, step: int) -> None:
+        """Nothing."""
+
+    def settled(self, steps: int) -> bool:
+        return True
 
 
 def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -134,20 +193,21 @@ def schedule(step: int, steps: int, warmup: float) -> float:
 
 def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Recipe,
         loss_at: Callable[[Batch], Tensor], judge: Callable[[], dict[str, float]],
-        loop: Callable[..., StageLoop]) -> Fit:
+        loop: Callable[..., StageLoop], *, course: Course | None = None) -> Fit:
     """Train the parameters of `groups`; leave the best checkpoint by validation in them.
 
     groups: `{params, kind, lr}`; batches[i] is a batch; loss_at(batch) is what is minimised,
     `loss_of(model)` as a rule; judge() gives the metrics on validation data, the score first;
     loop(stage state...) -> StageLoop.  Raises InputError when the loss stops being finite.
     """
+    course = course or Plain()
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay)
     base = [group["lr"] for group in optimizer.param_groups]
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     best = [p.detach().clone() for p in trained]
     record: dict[str, Any] = {"history": [], "step": 0, "metrics": None}
-    steps_between = max(1, recipe.steps // recipe.evaluations)
-    stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record)
+    stage = loop(recipe.steps, weights=trained, best=best, optimizer=optimizer, record=record,
+                 **course.state)
     for step in stage:
         if not record["history"]:
             record["history"].append([0, _first(judge())])
@@ -155,29 +215,38 @@ def fit(model: nn.Module, groups: list[dict[str, Any]], batches: Any, recipe: Re
         for group, lr in zip(optimizer.param_groups, base, strict=True):
             group["lr"] = lr * schedule(step, recipe.steps, recipe.warmup)
         optimizer.zero_grad()
-        total = torch.zeros(())
-        for part in range(recipe.accumulate):
-            batch = batches[step * recipe.accumulate + part]
-            loss = mean_loss(loss_at, batch, trained) / recipe.accumulate
-            loss.backward()
-            total = total + loss.detach().cpu()
+        loss = _gradients(batches, step, recipe.accumulate, loss_at, trained)
         optimizer.step()
-        last = step + 1 == recipe.steps
-        if last or (step + 1) % steps_between == 0:
-            if _note(record, step + 1, judge()):
+        course.moved(step)
+        done, settled = step + 1, course.settled(step + 1)
+        if done == recipe.steps or done % recipe.interval == 0:
+            if _note(record, done, judge(), settled):
                 torch._foreach_copy_(best, [p.detach() for p in trained])
-            if step + 1 - record["step"] >= recipe.patience * steps_between:
+            if settled and done - record["step"] >= recipe.patience * recipe.interval:
                 stage.stop()
         best_score = {"score": _first(record["metrics"])} if record["metrics"] else {}
-        stage.report(loss=total, **best_score)
+        stage.report(loss=loss, **best_score)
     with torch.no_grad():
         torch._foreach_copy_(trained, best)
     return Fit(record["metrics"], record["step"], [tuple(pair) for pair in record["history"]])
 
 
-def _note(record: dict[str, Any], step: int, found: dict[str, float]) -> bool:
-    """Append an evaluation; whether its score is the best so far."""
+def _gradients(batches: Any, step: int, parts: int, loss_at: Callable[[Batch], Tensor],
+               trained: Sequence[Tensor]) -> Tensor:
+    """Add up the gradients of a step's batches; their mean loss."""
+    total = torch.zeros(())
+    for part in range(parts):
+        loss = mean_loss(loss_at, batches[step * parts + part], trained) / parts
+        loss.backward()
+        total = total + loss.detach().cpu()
+    return total
+
+
+def _note(record: dict[str, Any], step: int, found: dict[str, float], counts: bool) -> bool:
+    """Append an evaluation; whether its score is the best so far of those that count."""
     record["history"].append([step, _first(found)])
+    if not counts:
+        return False
     if record["metrics"] is None or _first(found) > _first(record["metrics"]):
         record.update(metrics=found, step=step)
         return True

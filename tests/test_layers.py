@@ -32,7 +32,7 @@ STOREYS: dict[float, list[str]] = {
     3.2: ["grafts"],
     3.3: ["calibrate", "linear_probe", "mixed", "onnx_file"],
     3.5: ["removal", "supernet", "train"],
-    3.6: ["contrast"],
+    3.6: ["contrast", "outside"],
     3.7: ["importance", "latency", "recovery", "updates"],
     3.8: ["bulk"],
     3.9: ["tickets"],
@@ -88,7 +88,7 @@ LIBRARIES = {
     "datasets": {"task"},
     "optuna": {"collect", "question", "roster", "study", "trials", "tune", "worker", "workers"},
     "matplotlib": {"canvas", "trials"},
-    "peft": {"export"},
+    "peft": {"export", "outside"},
     "onnxruntime": {"onnx_file"},
 }
 # room -> what of this project it may import, at most
