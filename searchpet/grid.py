@@ -139,7 +139,9 @@ def _structure(bench: Bench, cell: Cell, session: Session, seed: int) -> tuple[T
     ask = bench.grid.ask(cell.method, cell.budget, cell.keep)
     with alone(folder.path):  # a process with another cell may be at it
         if not folder.has("spec.json"):
-            bench.progress(f"{cell} structure {seed}: search")
+            where = "" if cell.on == cell.task else f" on {cell.on}"
+            bench.progress(f"{cell} structure {seed}: search{where}")
+            session = _session(bench, cell.on) if where else session
         return once.find(session, folder, ask, seed)
 
 

@@ -21,6 +21,8 @@ SIZE = "size.json"  # of a method without a budget
 class Cell:
     """A cell, and the folders for what it leaves behind: its trainings; its structures, which it
     shares with all methods that ask for the same search.
+
+    on: the task that its structures are found on.
     """
 
     task: str
@@ -30,6 +32,10 @@ class Cell:
     path: Path
     home: Path
     keep: str = ""  # of the FLOPs, such as 60%; "": this cell does not prune
+
+    @property
+    def on(self) -> str:
+        return self.method.on or self.task
 
     @property
     def kept(self) -> float:
@@ -101,12 +107,14 @@ def _reference(grid: GridFile, folder: Path, task: str, method: Method,
 
 def _cell(grid: GridFile, folder: Path, task: str, budget: str, share: float, method: Method,
           keep: str) -> Cell:
-    def path(name: str) -> Path:
+    def path(task: str, name: str) -> Path:
         parts = [task, budget or "all", *([f"keep-{keep}"] if keep else []), name]
         return folder.joinpath("work", *map(file_name, parts))
 
-    home = grid.searched_by(method, budget, keep) if method.searches else method
-    return Cell(task, budget, share, method, path(method.name), path(home.name), keep)
+    home, on = method, method.on or task
+    if method.searches:
+        home = grid.searched_by(method, on, budget, keep)
+    return Cell(task, budget, share, method, path(task, method.name), path(on, home.name), keep)
 
 
 def _share(budget: str, session: Callable[[], Session]) -> float:

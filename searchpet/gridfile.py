@@ -8,14 +8,15 @@
     methods = ["full", "uniform:bias", "default", { name = "random", structures = 3 }]
 
 A method is a name or a table with `name`, `strategy`, `space`, `set`, `structures`, `budget`,
-`masks`, `distill`, `recovery` and `inherit`.  With `keep_flops = ["60%"]` methods prune as well,
-but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true` trains
-its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }` says on
-what else; `inherit = true` starts the trainings from what the search has learned.  Methods that
-differ in such trainings alone share their structures: the search is done once.  Names that mean
-something: `full`, `head` and `peft_default` (references, without a budget), `adalora` and `kappa`
-(PEFT's, within the budget), every strategy, `s3pet` (on the space `s3pet_mix`), and `default`:
-what the command line does with no choice made.
+`masks`, `distill`, `recovery`, `inherit` and `on`.  With `keep_flops = ["60%"]` methods prune as
+well, but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true`
+trains its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }`
+says on what else; `inherit = true` starts the trainings from what the search has learned;
+`on = "trec6"` takes the structures that are found on that task, or on several (`a,b`), to every
+task of the grid.  Methods that differ in such trainings alone share their structures: the search
+is done once.  Names that mean something: `full`, `head` and `peft_default` (references, without a
+budget), `adalora` and `kappa` (PEFT's, within the budget), every strategy, `s3pet` (on the space
+`s3pet_mix`), and `default`: what the command line does with no choice made.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Method(BaseModel):
     distill: bool = False
     recovery: dict[str, float | str] = {}  # weights of the losses and their options
     inherit: bool = False
+    on: str = ""  # the task that structures are found on; "": the one that they are trained on
     budget: str | int | None = None  # instead of the grid's
 
     @property
@@ -81,7 +83,7 @@ class Method(BaseModel):
         """What differs from the defaults of pruning and training."""
         masks = [] if self.masks is None else [self.masks]
         flags = [name for name in ("distill", "inherit") if getattr(self, name)]
-        own = [value for value in (self.recovery, self.budget) if value]
+        own = [value for value in (self.recovery, self.budget, self.on) if value]
         return [*masks, *flags, *own]
 
 
@@ -125,11 +127,11 @@ class GridFile(BaseModel):
         prune = prune_to(keep, None, None, method.masks, strategy) if prunes else None
         return Ask(strategy, space or self.space, method.set, budget, prune=prune)
 
-    def searched_by(self, method: Method, budget: str, keep: str) -> Method:
-        """The first method that asks for the same search: it is done once for all of them."""
+    def searched_by(self, method: Method, task: str, budget: str, keep: str) -> Method:
+        """The first method that asks for the same search on `task`: one is done for all."""
         ask = self.ask(method, budget, keep)
         return next(m for m in self.methods
-                    if m.searches and self.ask(m, budget, keep) == ask)
+                    if m.searches and m.on in ("", task) and self.ask(m, budget, keep) == ask)
 
     def settings(self, task: str, data: str | None) -> Settings:
         """What a session on `task` needs.  Raises InputError for a value out of range."""
@@ -164,6 +166,7 @@ def read_grid(path: str | Path) -> GridFile:
             method.terms()
             if method.inherit:
                 must_learn(ask.strategy)
+                _on_its_task(method)
             for keep in grid.keep_flops:
                 if (prune := grid.ask(method, "1", keep).prune) is not None:
                     read_space(prune.masks)
@@ -183,3 +186,10 @@ def _as_it_is(method: Method) -> None:
         raise InputError(f"method {method.name} is another library's and takes "
                          f"{' and '.join(sorted(allowed))} alone, but has {', '.join(more)}; drop "
                          "it, or give your method another name")
+
+
+def _on_its_task(method: Method) -> None:
+    """Raise InputError where deltas, and a head, of one task would be those of another."""
+    if method.on:
+        raise InputError(f"method {method.name} must either inherit what its search has learned "
+                         f"or take structures from {method.on}, but has both; drop one")

@@ -210,6 +210,31 @@ def test_a_method_may_have_a_budget_of_its_own(home: Path, tiny_folder: Path) ->
     assert any(line.startswith(f"[{done}/{done}") for line in said)  # the count was right
 
 
+def test_structures_of_one_task_are_trained_on_others(home: Path, tiny_folder: Path) -> None:
+    write_task(home / "plays", rows=40)
+    text = GRID.format(model=tiny_folder).replace('["films"]', '["films", "plays"]').replace(
+        '["1%", 40]', "[40]").replace("taus = [0.1, 1]", "taus = [0.5]")
+    text = text[: text.index("methods =")] + """
+methods = ["bilevel", { name = "from", strategy = "bilevel", on = "films" },
+           { name = "both", strategy = "bilevel", on = "films,plays" }]
+"""
+    (home / "across.toml").write_text(text)
+    said: list[str] = []
+    run_grid(home / "across.toml", data=str(home), out=home / "across", say=said.append)
+    work = home / "across/work"
+    found = sorted(str(path.relative_to(work)) for path in work.rglob("spec.json"))
+    assert found == ["films,plays/40/bilevel/structure-0/spec.json",
+                     "films/40/bilevel/structure-0/spec.json",
+                     "plays/40/bilevel/structure-0/spec.json"]  # `both` has it there
+    assert [Spec.load(work / path).provenance["task"] for path in found] == [
+        "films,plays", "films", "plays"]
+    rows = lines(home / "across")
+    scores = {(r["task"], r["method"], r["seed"]): r["score"] for r in rows}
+    assert len(scores) == len(rows) == 12
+    assert scores["films", "from", 1] == scores["films", "bilevel", 1]
+    assert any("both structure 0: search on films,plays" in line for line in said)
+
+
 def test_a_killed_grid_goes_on_to_the_same_lines(whole: Path, home: Path) -> None:
     words = ["grid", "grid.toml", "--data", ".", "--out", "killed", "--quiet"]
     # the head has 4 trainings of at most 8 steps; the 40th step is in a later cell
@@ -259,6 +284,7 @@ def test_a_grid_does_not_mix_settings(whole: Path, home: Path) -> None:
     ("methods", '[{ name = "bilevel", distill = true, recovery = { logit = 1 } }]', "'logits'"),
     ("methods", '[{ name = "bilevel", recovery = { hidden = 1 } }]', "must have a teacher"),
     ("methods", '[{ name = "random:unit", inherit = true }]', "learns nothing"),
+    ("methods", '[{ name = "bilevel", inherit = true, on = "trec6" }]', "but has both"),
     ("methods", "[]", "at least 1 item"),
     ("budgets", '["2"]\nbudget = 3', "Extra inputs are not permitted"),
     ("budgets", '["x%"]', "budget must be a share"),
