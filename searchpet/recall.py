@@ -68,7 +68,8 @@ def _train(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:
 
 def _transfer(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:
     return [folder.path / SOURCE, *_option("--budget", asked.get("budget")),
-            *_option("--controls", asked.get("controls"), 0)]
+            *_option("--controls", asked.get("controls"), 0),
+            *([] if asked.get("train", True) else ["--no-train"])]
 
 
 def _tune(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:
