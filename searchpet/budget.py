@@ -63,13 +63,19 @@ class Budget:
             raise InputError(f"budget must be at most {_LARGEST:,} parameters, but {raw} is more")
         return Budget(limit, raw, parameters)
 
+    @property
+    def said(self) -> str:
+        """`10 parameters` for a count, `0.01%, which is 2 parameters` for a share or bytes."""
+        count = f"{self.limit:,} parameter{'s' * (self.limit != 1)}"
+        return count if self.text.isdecimal() else f"{self.text}, which is {count}"
+
     def afford(self, cheapest: int, what: str = "unit") -> None:
         """Raise InputError when not even the cheapest unit can be bought."""
         if self.limit < cheapest:
             share = 100 * cheapest / self.denominator
             raise InputError(
                 f"budget must buy at least one {what}: the cheapest costs {cheapest:,} parameters "
-                f"({share:.2g}%), but {self.text} is {self.limit:,}; ask for at least {cheapest}"
+                f"({share:.2g}%), but got {self.said}; ask for at least {cheapest}"
             )
 
 

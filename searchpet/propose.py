@@ -47,7 +47,7 @@ def budget_of(session: Session, text: str, count_head: bool) -> tuple[Budget, in
     head = session.head_size if count_head else 0
     if count_head and budget.limit <= head:
         raise InputError(f"a budget that counts the head must exceed its {head:,} parameters, but "
-                         f"{text} is {budget.limit:,}; drop --count-head or raise the budget")
+                         f"got {budget.said}; drop --count-head or raise the budget")
     return budget, budget.limit - head
 
 

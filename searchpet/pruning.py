@@ -62,7 +62,7 @@ def asked(keep_flops: str | None, keep_weights: str | None, keep_latency: str | 
           masks: str | None, strategy: str = "bilevel") -> Prune | None:
     """What the options ask for together; a strategy may have masks of its own.
 
-    Raises InputError where the options contradict each other.
+    Raises InputError where the options contradict each other, or the strategy.
     """
     texts = (keep_flops, keep_weights, keep_latency)
     given = {m: t for m, t in zip(MEASURES, texts, strict=True) if t}
@@ -72,8 +72,23 @@ def asked(keep_flops: str | None, keep_weights: str | None, keep_latency: str | 
     if masks and not given:
         raise InputError(f"--masks needs a limit to prune to, but got --masks {masks} alone; add "
                          "--keep-flops 60%")
-    own = catalog.about("strategies", strategy.partition(":")[0], "MASKS", MASKS)
-    return next((Prune(name, text, masks or own) for name, text in given.items()), None)
+    name = strategy.partition(":")[0]
+    own = catalog.about("strategies", name, "MASKS", MASKS)
+    return suited(name, next((Prune(m, text, masks or own) for m, text in given.items()), None))
+
+
+def suited(strategy: str, prune: Prune | None) -> Prune | None:
+    """What is pruned, where the strategy can do so: asked before anything is loaded.
+
+    Raises InputError for a strategy that prunes without a limit, or takes none.
+    """
+    if prune is None and catalog.about("strategies", strategy, "PRUNES", False):
+        raise InputError(f"{strategy} prunes, but no limit on inference is given; add "
+                         "--keep-flops 60%")
+    if prune is not None and catalog.about("strategies", strategy, "PET_ALONE", False):
+        raise InputError(f"{strategy} searches PET alone, but the search is to keep {prune.text} "
+                         f"of the {prune.measure}; take --strategy bilevel to search both")
+    return prune
 
 
 def with_masks(file: SpaceFile, prune: Prune | None) -> SpaceFile:

@@ -20,6 +20,7 @@ from searchpet.recovery import TERMS, Recovery
 from searchpet.run import RunFolder
 from searchpet.settings import Settings
 from searchpet.spacefile import tune_names
+from searchpet.transfer import SOURCE
 from searchpet.tunefile import TuneFile, read_tune
 
 KNOBS = "knobs.toml"
@@ -34,9 +35,11 @@ def command_of(folder: RunFolder) -> str | None:
     Writes the knobs of a study of its own beside the run, since the command names them.
     """
     asked = folder.read_json("settings.json") if folder.has("settings.json") else {}
-    verbs = {"search": _search, "train": _train, "tune": _tune}
+    verbs = {"search": _search, "train": _train, "transfer": _transfer, "tune": _tune}
     verb = asked.get("command") if isinstance(asked, dict) else None
     if not isinstance(verb, str) or verb not in verbs:
+        return None
+    if verb == "transfer" and not folder.has(SOURCE):  # of an older version
         return None
     words = ["searchpet", verb, *verbs[verb](asked, folder), *_settings(asked)]
     words += [flag for name, flag in FLAGS.items() if asked.get(name) is True]
@@ -61,6 +64,12 @@ def _train(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:
     reference = {"full": "--full", "head": "--head-only"}.get(str(asked.get("reference")))
     return [reference or folder.path / "spec.json", *_option("--distill", asked.get("distill")),
             *_recovery(asked.get("recovery"))]
+
+
+def _transfer(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:
+    return [folder.path / SOURCE, *_option("--budget", asked.get("budget")),
+            *_option("--controls", asked.get("controls"), 0),
+            *([] if asked.get("train", True) else ["--no-train"])]
 
 
 def _tune(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:

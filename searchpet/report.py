@@ -43,7 +43,8 @@ FILES = {
     "scores.safetensors": "the search's scores of all units",
     CURVE: "score over budget",
     "inherit.safetensors": "what the search has learned",
-    "transfer.json": "what became of each entry", "space.toml": "the winner's space",
+    "transfer.json": "what became of each entry", "source.json": "the spec that was carried over",
+    "space.toml": "the winner's space",
     "study.db": "the trials"}
 
 

@@ -43,6 +43,7 @@ from searchpet.spacefile import space_names
 from searchpet.spec import BackboneId, BudgetUse, Entry, Spec
 
 REPORT = "transfer.json"
+SOURCE = "source.json"  # the spec that was carried over
 
 
 def transfer(
@@ -125,7 +126,7 @@ def _like(spec: Spec) -> Ask:
 
 def _write(folder: RunFolder, found: Spec, settings: Settings, session: Session | None,
            budget: str | None) -> None:
-    """spec.json of the structure there, transfer.json before it."""
+    """spec.json of the structure there; before it the source's, and transfer.json."""
     moved, report = _moved(found, settings, session, budget)
     made: dict[str, Any] = {
         **{k: v for k, v in found.provenance.items() if k in ("space", "masks", "task")},
@@ -138,6 +139,7 @@ def _write(folder: RunFolder, found: Spec, settings: Settings, session: Session 
         "versions": {"searchpet": version()}, "command": command(sys.argv)}
     if bits := read_bits(found) if any(e.mask for e in moved.entries) else {}:
         folder.write_tensors(MASK_FILE, bits)
+    folder.write_text(SOURCE, found.text())
     folder.write_json(REPORT, report)
     folder.write_text("spec.json", moved.model_copy(update={"provenance": made}).text())
 
@@ -191,7 +193,7 @@ def carry(spec: Spec, identity: Identity, model: nn.Module, budget: str | None, 
                                                              "stays as it is"])
     if head and limits.limit <= head:
         raise InputError(f"a budget that counts the head must exceed its {head:,} parameters, but "
-                         f"{limits.text} is {limits.limit:,}; raise the budget")
+                         f"got {limits.said}; raise the budget")
     plan = draft(spec, source, target)
     order = worth.of(plan.space)
     if same:

@@ -69,8 +69,16 @@ def test_bytes_depend_on_the_size_of_an_element() -> None:
 def test_a_budget_below_the_cheapest_unit_says_what_that_costs() -> None:
     budget = Budget.parse("10", 1000)
     budget.afford(10)
-    with pytest.raises(InputError, match=r"cheapest costs 11 .*\(1.1%\).*at least 11"):
+    with pytest.raises(InputError, match=r"cheapest costs 11 .*\(1.1%\), but got 10 parameters; .*"
+                                         "at least 11"):
         budget.afford(11)
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("10", "10 parameters"), ("1", "1 parameter"), ("0.2%", "0.2%, which is 2 parameters"),
+    ("9B", "9B, which is 2 parameters"), ("1e1", "1e1, which is 10 parameters")])
+def test_a_budget_says_its_count_once(text: str, said: str) -> None:
+    assert Budget.parse(text, 1000).said == said
 
 
 # --- shift ---

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import typer
 
 import searchpet
-from searchpet import cli
+from searchpet import catalog, cli
 from searchpet.flops import flops
 from searchpet.options import SETTINGS
 from searchpet.settings import Settings
@@ -128,6 +129,20 @@ def test_wrong_input_is_one_line(
     assert cli.main(["search", *base, "--out", "wrong", "--quiet", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("strategy", [
+    name for name in catalog.names("strategies")
+    if {"PRUNES", "PET_ALONE"} & set(dir(import_module(f"searchpet.strategies.{name}")))])
+def test_a_strategy_that_does_not_suit_the_limit_is_refused_before_anything_is_loaded(
+    strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = [] if catalog.about("strategies", strategy, "PRUNES", False) else [
+        "--keep-flops", "60%"]
+    words = ["search", "--model", "nowhere", "--task", "nothing", "--strategy", strategy, *limit]
+    assert cli.main(words) == 2
+    law = "searches PET alone" if limit else "prunes, but no limit on inference"
+    assert f"error: {strategy} {law}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words", [

@@ -11,7 +11,8 @@ from typer.main import get_command
 
 from searchpet.source import DEFAULT, locate
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_python_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,11 +35,48 @@ def test_every_command_line_parses() -> None:
     from searchpet.cli import app
 
     command = get_command(app)
-    lines = re.findall(r"^    (?:.*&& )?(searchpet .*?)(?:\s+#.*)?$", README, re.MULTILINE)
+    guides = (ROOT / "docs/guide").glob("*.md")
+    text = "\n".join([README, *(page.read_text(encoding="utf-8") for page in guides)])
+    lines = re.findall(r"^    (?:.*&& )?(searchpet .*?)(?:\s+#.*)?$", text, re.MULTILINE)
     lines += re.findall(r"`(searchpet [a-z]+ [^`|]*)`", README)
-    assert len(lines) > 7
+    assert len(lines) > 40
     for line in lines:
         name, *words = shlex.split(line)[1:]
         verb = command.commands[name]  # type: ignore[attr-defined]
         words = [w if w != "SPEC" else "spec.json" for w in words]
         verb.make_context(name, words, resilient_parsing=False)
+
+
+MEASURED = {  # a row of the README -> the method that a table of experiments/ has it of
+    "full fine-tuning": "full", "found by default": "default", "S3PET, as a preset here": "s3pet",
+    "norms, from the last layer down": "uniform:norm", "head only": "head",
+    "single channels drawn at random": "random:unit", "LoRA on query and value":
+    "uniform:lora_qv", "biases, from the last layer down": "uniform:bias",
+    "whole modules drawn at random": "random", "full fine-tuning, nothing removed": "full",
+    "PET first, then prune": "pet_first", "prune first, then PET": "prune_first",
+    "one search for both": "joint", "APT-like search": "apt", "pruned by magnitude": "magnitude",
+    "both drawn at random": "random:unit", "layers dropped from the top": "layer_drop:top"}
+
+
+@pytest.mark.parametrize(("place", "rows"), [("foundation/before", 9), ("prune", 8)])
+def test_a_score_is_the_one_that_was_measured(place: str, rows: int) -> None:
+    """Every row of the README's tables stands in the table that its command writes."""
+    part = README.split("## What was measured")[1].split(
+        "## ")[0].split("experiments/prune/run.toml")[place == "prune"]
+    said = [[cell.strip(" *") for cell in line.split("|")[1:-1]]
+            for line in part.splitlines() if re.match(r"\| .*\| 0\.\d{3} \|", line)]
+    assert len(said) == rows
+    table = (ROOT / "experiments" / place / "table.md").read_text(encoding="utf-8")
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    for name, mean, spread, *trained in said:
+        (row,) = [r for r in found if r[0].startswith("trec6") and MEASURED[name] in r]
+        after = row.index(MEASURED[name]) + 1
+        numbers = map(float, row[after:after + 2])
+        for text, number in zip((mean, spread), numbers, strict=True):
+            assert abs(float(text) - number) < 0.00051, name  # rounded
+        assert set(trained) <= set(row)
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\((?!https://)([^)\s]+)\)", README):
+        assert (ROOT / target).is_file(), target

@@ -39,6 +39,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterat
                  "--controls", "0", "--out", "pruned"],
                 ["train", "found/spec.json", "--seed", "1", "--steps", "4", "--out", "bare",
                  "--quiet"],
+                ["transfer", "found", *JOB, *task, "--budget", "0.5%", "--out", "moved"],
                 ["train", *JOB, *task, "--full", "--out", "full"]):
             patch.setattr(sys, "argv", ["searchpet", *words])
             assert cli.main(words) == 0
@@ -151,9 +152,10 @@ def test_hostile_results_are_text_or_refused(place: Path, tmp_path: Path) -> Non
             WRITE(run)
 
 
-@pytest.mark.parametrize("run", ["found", "pruned", "bare", "full"])
-def test_the_command_runs_as_it_stands(place: Path, run: str) -> None:
-    verb = "search" if run in ("found", "pruned") else "train"
+@pytest.mark.parametrize(("run", "verb"), [
+    ("found", "search"), ("pruned", "search"), ("bare", "train"), ("full", "train"),
+    ("moved", "transfer")])
+def test_the_command_runs_as_it_stands(place: Path, run: str, verb: str) -> None:
     (line,) = [c for c in page(run).codes if c.startswith(f"searchpet {verb} ")
                and c == command_of(RunFolder(run))]
     words = shlex.split(line)[1:]
@@ -164,7 +166,7 @@ def test_the_command_runs_as_it_stands(place: Path, run: str) -> None:
         assert cli.main([*words, "--out", again, "--quiet"]) == 0
     before, now = (json.loads(Path(r, "settings.json").read_text()) for r in (run, again))
     assert now == before
-    if verb == "search":
+    if verb in ("search", "transfer"):
         assert searchpet.Spec.load(again).hash == searchpet.Spec.load(run).hash
 
 
@@ -204,6 +206,13 @@ def test_how_to_load_it_is_true(place: Path) -> None:
     (line,) = [c for c in codes if c.startswith("searchpet predict")]
     Path("new.csv").write_text("text\ngood film\n")
     assert cli.main(shlex.split(line)[1:]) == 0
+
+
+def test_an_older_transfer_has_no_command(place: Path, tmp_path: Path) -> None:
+    shutil.copytree("moved", tmp_path / "old")
+    (tmp_path / "old/source.json").unlink()
+    assert command_of(RunFolder("moved")) is not None
+    assert command_of(RunFolder(tmp_path / "old")) is None
 
 
 def test_an_older_run_gets_its_page(place: Path, tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def test_movement_takes_as_many_steps_as_it_is_given(home: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (["--keep-flops", "60%"], "thins PET alone"),
+    (["--keep-flops", "60%"], "sparse_adapter searches PET alone"),
     (["--budget", "20000", "--space", "adapters"], "is above all"),
     (["--set", "sparse_adapter.score=wanda"], "but wanda is of weights of the backbone"),
     (["--set", "sparse_adapter.warmup=0"], "sparse_adapter.warmup must be at least 1"),

@@ -1,26 +1,23 @@
 """Draws docs/assets/searchpet.svg, the one picture: python docs/make/picture.py
 
-The numbers are those of a structure that `searchpet search --budget 0.01%` found on the task
-agreement: how many channels of a bias and of a scale it keeps, by role and layer, without the 30
-of the embeddings' norm.  Among them is no bias of a key: it would add the same to all scores of a
-query, which the softmax takes away.
+The structure is the one that comes with the package as `searchpet:minilm-agreement-0.01`, which
+`searchpet search --budget 0.01% --controls 0` found: how many channels of a bias and of a scale it
+keeps, by role and layer, without the 30 of the embeddings' norm.  Among them is no bias of a key:
+it would add the same to all scores of a query, which the softmax takes away.
 """
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = ROOT / "searchpet/found/minilm-agreement-0.01/spec.json"
 BIAS, SCALE, LORA, INK, FAINT = "#0072B2", "#E69F00", "#009E73", "#1f2430", "#9aa3b2"
-FOUND = {  # role -> channels by layer, 0 to 5: of a bias, of a scale
-    "query": ((6, 10, 17, 18, 15, 33), (8, 13, 14, 14, 15, 18)),
-    "key": ((0, 0, 0, 0, 0, 0), (9, 18, 16, 19, 13, 22)),
-    "value": ((12, 18, 21, 20, 27, 15), (14, 13, 13, 18, 14, 28)),
-    "output": ((19, 15, 15, 24, 18, 14), (13, 16, 10, 19, 5, 16)),
-    "norm": ((15, 24, 16, 25, 16, 6), (20, 24, 24, 18, 34, 28)),
-    "ffn in": ((83, 80, 98, 73, 112, 47), (60, 57, 64, 63, 60, 27)),
-    "ffn out": ((19, 23, 24, 23, 11, 5), (25, 22, 21, 19, 25, 17)),
-    "norm ": ((17, 19, 22, 20, 14, 8), (27, 25, 23, 25, 38, 20)),
-}
+ROLES = {"attention.query": "query", "attention.key": "key", "attention.value": "value",
+         "attention.output": "output", "norm.attention": "norm", "ffn.in": "ffn in",
+         "ffn.out": "ffn out", "norm.ffn": "norm "}
+LAYERS = 6
 CELL, ROW, TOP = 38, 30, 128  # width and height of a cell, where the first row begins
 MOST = 40  # channels from which a cell is full
 
@@ -29,15 +26,25 @@ def text(x: float, y: float, words: str, size: int = 17, fill: str = INK, more: 
     return f'<text x="{x}" y="{y}" font-size="{size}" fill="{fill}" {more}>{words}</text>'
 
 
+def counts() -> dict[str, tuple[list[int], list[int]]]:
+    """Role -> channels by layer, of a bias and of a scale."""
+    found = {name: ([0] * LAYERS, [0] * LAYERS) for name in ROLES.values()}
+    for entry in json.loads(SPEC.read_text(encoding="utf-8"))["entries"]:
+        if entry["role"] in ROLES:
+            kinds = found[ROLES[entry["role"]]]
+            kinds[entry["kind"] == "scale"][entry["layer"]] += len(entry["kept"])
+    return found
+
+
 def grid(left: float, found: bool) -> list[str]:
     """Layers x roles: every unit that there is, as outlines, or what was found, filled."""
     out = []
-    for column, (role, (biases, scales)) in enumerate(FOUND.items()):
+    for column, (role, (biases, scales)) in enumerate(counts().items()):
         x = left + column * CELL
         turned = f'transform="rotate(-50 {x + 16} {TOP - 8})"'
         out.append(text(x + 16, TOP - 8, role.strip(), 14, INK, turned))
-        for layer in range(6):
-            y = TOP + (5 - layer) * ROW
+        for layer in range(LAYERS):
+            y = TOP + (LAYERS - 1 - layer) * ROW
             out.append(f'<rect x="{x}" y="{y}" width="{CELL - 4}" height="{ROW - 4}" rx="3" '
                        f'fill="#f1f3f7" stroke="{FAINT}" stroke-width="0.8"/>')
             out += _filled(x, y, biases[layer], scales[layer]) if found else _open(x, y, role)
@@ -98,5 +105,5 @@ def picture() -> str:
 
 
 if __name__ == "__main__":
-    target = Path(__file__).resolve().parents[1] / "assets" / "searchpet.svg"
+    target = ROOT / "docs/assets/searchpet.svg"
     target.write_text(picture(), encoding="utf-8")

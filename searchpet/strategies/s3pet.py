@@ -26,6 +26,8 @@ from searchpet.errors import InputError
 from searchpet.gates import concrete
 from searchpet.strategies import Problem, Ranking, descend, law
 
+PET_ALONE = True  # as published: no masks, no limit on inference
+
 
 def search(
     problem: Problem,

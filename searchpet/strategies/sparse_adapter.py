@@ -15,6 +15,7 @@ from searchpet.strategies import Problem, Ranking, law
 
 TRAINS = False
 CHOOSES = True  # parameters of PET, not units: its scores fill no other limit
+PET_ALONE = True  # no masks of the backbone, no limit on inference
 SPARSE = True  # keeps single parameters: what a law says of whole units does not hold
 
 
