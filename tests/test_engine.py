@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import searchpet
-from searchpet import engine
+from searchpet import engine, once
 from searchpet.errors import InputError
 from searchpet.run import RunFolder
 from searchpet.session import Session
@@ -302,8 +302,8 @@ def test_a_training_in_vain_says_so(
 def test_after_a_sweep_none_is_advised() -> None:
     row = {"start_score": 0.8, "validation_score": 0.5}
     spec: Any = object()
-    assert "train SPEC --sweep" in engine._in_vain(spec, {**row, "sweep": []})[0]
-    assert "--sweep" not in engine._in_vain(spec, {**row, "sweep": [[0.1, 0.5]]})[0]
+    assert "train SPEC --sweep" in once._in_vain(spec, {**row, "sweep": None})[0]
+    assert "--sweep" not in once._in_vain(spec, {**row, "sweep": {"taus": []}})[0]
 
 
 @pytest.mark.parametrize("reference", ["full", "head"])

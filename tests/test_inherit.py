@@ -108,9 +108,9 @@ def test_the_training_begins_where_the_search_ended(
         seen["search"] = tiny.logits(net.model.eval(), batch)
         remove(net)
 
-    def first(model: Any, *args: Any) -> Any:
+    def first(model: Any, *args: Any, **more: Any) -> Any:
         seen["training"] = tiny.logits(model.eval(), batch)
-        return fit(model, *args)
+        return fit(model, *args, **more)
 
     monkeypatch.setattr(Limits, "fill", fill)
     monkeypatch.setattr(Supernet, "remove", at_the_end)
@@ -153,9 +153,9 @@ def test_data_and_rates_are_those_of_a_fresh_training(
     seen: list[Any] = []
     fit = session.fit
 
-    def noted(model: Any, groups: Any, batches: Any, *args: Any) -> Any:
+    def noted(model: Any, groups: Any, batches: Any, *args: Any, **more: Any) -> Any:
         seen.append([[g["lr"] for g in groups], [batches[i] for i in range(10)]])
-        return fit(model, groups, batches, *args)
+        return fit(model, groups, batches, *args, **more)
 
     monkeypatch.setattr(session, "fit", noted)
     common = {"model": "tiny", "task": "films", "budget": "2%", "steps": 6, "batch_size": 8,

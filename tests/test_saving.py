@@ -58,7 +58,8 @@ def stored(folder: Path) -> dict[str, Tensor]:
 
 
 def close(a: Tensor, b: Tensor) -> None:
-    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    """Within rounding, which goes by the largest of the logits."""
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -94,6 +95,7 @@ def test_models_that_write_are_restored_as_what_they_are(name: str, tmp_path: Pa
     family = build.config_class.model_type
     config = tiny.model(family).config
     config.tie_word_embeddings = family != "llama"
+    torch.manual_seed(0)
     model = applied(family, build(config).eval())
     model.save_pretrained(tmp_path)
     again = load(tmp_path)

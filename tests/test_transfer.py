@@ -290,7 +290,7 @@ def test_without_training_only_the_structure_is_written(home: Path, capsys: Any)
     assert report == json.loads((home / "only" / "transfer.json").read_text())
     assert "magnitude" in " ".join(report["notes"])
     files = {f.name for f in (home / "only").iterdir()}
-    assert files == {"settings.json", "spec.json", "transfer.json"}
+    assert files == {"settings.json", "source.json", "spec.json", "transfer.json"}
     assert cli.main(["train", "only", "--out", "later", "--quiet", *JOB[2:]]) == 0
     assert json.loads((home / "later" / "result.json").read_text())["task"] == "films"
 
