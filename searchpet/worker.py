@@ -32,11 +32,14 @@ from searchpet.propose import budget_of, version
 from searchpet.question import Question
 from searchpet.roster import (
     FAILURE,
+    OFFERED,
     VERSION,
     Standing,
     Surplus,
     admit,
     again,
+    me,
+    place,
     root,
     standing,
     take_back,
@@ -107,10 +110,7 @@ class Worker:
         """
         q = self.question
         if not now.waiting:
-            self._start_with_known_good(trials)
-        waiting = [root(t) for t in trials if t.state == TrialState.WAITING]
-        number = min(waiting, default=now.fresh)
-        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + number)
+            self._enqueue(trials)
         self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs)
         running: list[Trial] = []
 
@@ -127,22 +127,24 @@ class Worker:
                 again(self.study, _frozen(self.study, running[0].number))
             raise
 
-    def _start_with_known_good(self, trials: Sequence[FrozenTrial]) -> None:
-        """Enqueue the next of the settings to try first that nobody has tried.  One at a time:
-        a trial that was cut off is to be repeated before the next one begins.
+    def _enqueue(self, trials: Sequence[FrozenTrial]) -> None:
+        """Enqueue a trial: the next of the settings to try first that nobody has tried, else one
+        to be sampled.  It says by whom, so that it is seen at once where this one dies before it
+        could take it.  One at a time: what was cut off is repeated before the next one begins.
         """
         tried = [t.params or t.system_attrs.get("fixed_params") for t in trials]
-        for start in self.question.space.starts():
-            if start not in tried:
-                self.study.enqueue_trial(start)
-                return
+        new = (start for start in self.question.space.starts() if start not in tried)
+        self.study.enqueue_trial(next(new, {}), user_attrs={OFFERED: me()})
 
     def _run(self, trial: Trial) -> Any:
         """A trial, from its knobs to its values; a failure says why."""
-        frozen = admit(self.study, trial, self.question.trials)
+        q = self.question
+        frozen = admit(self.study, trial, q.trials)
+        number = place(self.study, frozen)
+        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + number)
         began = time.monotonic()
         try:
-            values = suggest(trial, self.question.space)
+            values = suggest(trial, q.space)
             trial.set_user_attr(VERSION, version())
             found = self._reuse(trial) or self._tried(trial, frozen, values)
         except optuna.TrialPruned as pruned:

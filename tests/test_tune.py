@@ -26,9 +26,11 @@ from searchpet.propose import command
 from searchpet.question import duration, limits_of, rungs
 from searchpet.roster import (
     GRACE,
+    OFFERED,
     VERSION,
     WORKER,
     again,
+    me,
     root,
     standing,
     take_back,
@@ -307,7 +309,7 @@ def test_a_finished_study_goes_on_when_more_trials_are_asked_for(place: Path) ->
 def test_a_killed_study_goes_on_to_the_same_result(place: Path) -> None:
     words = [*QUICK, "--trials", "8", "--quiet"]
     assert cli.main([*words, "--out", "uncut"]) == 0
-    for finished in (1, 4):
+    for finished in (1, 2):  # the later ones end before they are seen
         process = spawn([*words, "--out", "cut", *(["--resume"] if finished > 1 else [])])
         wait_for("sqlite:///cut/study.db", finished)
         os.killpg(process.pid, signal.SIGKILL)
@@ -456,6 +458,19 @@ def test_a_trial_whose_worker_died_before_it_could_say_who_it_is_is_repeated(
     assert [t.state.name for t in trials_of(study)] == ["FAIL", "WAITING"]
     take_back(study)
     assert len(study.trials) == 2
+
+
+def test_a_trial_whose_worker_died_between_its_offer_and_its_claim_is_repeated_at_once() -> None:
+    study = optuna.create_study()
+    alive = me()
+    dead = re.sub(r"/(\d+)$", "/1", alive)  # this number, but of a process that began in 1970
+    for worker in (alive, dead):
+        study.enqueue_trial({}, user_attrs={OFFERED: worker})
+        study.ask()
+    take_back(study)
+    assert [t.state.name for t in trials_of(study)] == ["RUNNING", "FAIL", "WAITING"]
+    repeated = trials_of(study)[2]
+    assert root(repeated) == 1 and repeated.user_attrs[OFFERED] == alive
 
 
 # --- workers and collecting elsewhere ---
