@@ -7,6 +7,7 @@ do, and have strong output factors; labels are its most likely class on random t
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,7 @@ def labels_of(model: nn.Module) -> Callable[[dict[str, Tensor]], Tensor]:
     return lambda batch: tiny.logits(model, batch).argmax(-1)
 
 
-def hits(strategy: str, seed: int, steps: int, rows: int) -> int:
+def hits(strategy: str, seed: int, steps: int, rows: int, **more: Any) -> int:
     """How many of the three planted modules a strategy keeps, at a budget of just those."""
     expert, student = teacher(seed), backbone(seed)
     student.classifier.load_state_dict(expert.classifier.state_dict())
@@ -81,7 +82,7 @@ def hits(strategy: str, seed: int, steps: int, rows: int) -> int:
     train, valid = (Draws(stream, rows, WORDS, labels_of(expert)) for stream in (1, 2))
     asked = problem(student, space, limit, steps=steps, seed=seed, head=frozenset(),
                     tau=TAU, train=train, valid=valid)
-    keep = catalog.get("strategies", strategy)(asked).keep
+    keep = catalog.get("strategies", strategy)(asked, **more).keep
     assert space.parameters(keep) <= limit
     return len(planted & set(keep.nonzero().squeeze(-1).tolist()))
 
@@ -91,6 +92,14 @@ def hits(strategy: str, seed: int, steps: int, rows: int) -> int:
 def test_a_search_finds_what_was_planted(strategy: str, steps: int, rows: int) -> None:
     found = [hits(strategy, seed, steps, rows) for seed in SEEDS]
     assert sum(found) >= 7, found  # of nine; chance finds two or three
+
+
+def test_one_shot_finds_some_by_agreement_and_none_by_energy() -> None:
+    """Chance finds two or three of nine, the learned gates above seven or more."""
+    found = {by: sum(hits("saliency", seed, 200, 32, by=by) for seed in SEEDS)
+             for by in ("agreement", "energy", "both")}
+    assert found["agreement"] >= 5 and found["both"] >= 5, found
+    assert found["energy"] <= 3, found
 
 
 def test_random_rarely_does() -> None:

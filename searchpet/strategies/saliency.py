@@ -38,7 +38,7 @@ SMALL = 1e-3  # of a calibrated step, for the energy: far inside what is linear
 def search(
     problem: Problem,
     *,
-    by: str = "agreement",
+    by: str = "agreement",  # energy alone finds no planted module more than chance
     warmup: float = 0.1,  # share of the steps in which the deltas learn, all gates open
     batches: int = 16,  # that gradients of gates are averaged over
 ) -> Ranking:
