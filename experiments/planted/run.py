@@ -1,0 +1,149 @@
+"""Does a search find what was planted?  Recall at three levels, on a tiny transformer.
+
+    python -m experiments.planted.run [--seeds 0 1 2] [--out DIR]
+
+Labels come from a random backbone with deltas at some places (the teacher); the student has the
+same backbone and head, and a rank-1 LoRA at every linear is a unit.  A search may buy as many
+units as were planted; recall is the share of those that it does.  Levels differ in the number of
+places and in how strong the planted deltas are, which is how many labels they change:
+
+    easy    3 of 12 places, strength 3        hard    6 of 24 places, strength 1
+    middle  6 of 24 places, strength 2
+
+Every strategy has 200 steps of 32 examples, and its defaults.  The same command goes on where it
+stopped.  results.jsonl has a line per search, table.md the means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from searchpet import catalog
+from searchpet.ledger import Ledger
+from searchpet.space import Space
+from searchpet.supernet import Supernet
+from tests.laws import families as tiny
+from tests.laws.problems import Draws, problem
+from tests.test_planted import CLASSES, SHARPNESS, SIZE, TAU, WORDS, labels_of
+
+STEPS, ROWS = 200, 32
+LEVELS = {"easy": (2, 3, 3.0), "middle": (4, 6, 2.0), "hard": (4, 6, 1.0)}  # layers, places, B
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bilevel": ("bilevel", {}), "s3pet": ("s3pet", {}), "lagrangian": ("lagrangian", {}),
+    "saliency": ("saliency", {}), "saliency, energy": ("saliency", {"by": "energy"}),
+    "random:unit": ("random", {"variant": "unit"}),
+}
+
+
+def backbone(layers: int, seed: int) -> nn.Module:
+    """A random encoder, sharp enough that its texts differ."""
+    config = transformers.BertConfig(
+        hidden_size=SIZE, num_hidden_layers=layers, num_attention_heads=4,
+        intermediate_size=2 * SIZE, vocab_size=WORDS, max_position_embeddings=8,
+        num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        model = transformers.BertForSequenceClassification(config)
+        for name, p in model.named_parameters():
+            if p.dim() == 2:
+                p.normal_(std=1.0 if "embed" in name else p.shape[1] ** -0.5)
+    return model.eval()
+
+
+def candidates(model: nn.Module) -> Space:
+    """A rank-1 LoRA on each linear."""
+    return tiny.space(
+        model, tiny.rule("lora", "module", {"rank": 1}, role=["attention.*", "ffn.*"]))
+
+
+def teacher(level: str, seed: int) -> tuple[nn.Module, set[int], float]:
+    """The backbone with strong deltas, which units they are, the share of labels changed."""
+    layers, count, strength = LEVELS[level]
+    model = backbone(layers, seed)
+    space = candidates(model)
+    planted = set(random.Random(f"{level}{seed}").sample(range(len(space)), count))
+    batch = Draws(0, 500, WORDS)[0]
+    with torch.no_grad():
+        before = model(**batch).logits
+        net = Supernet(model, space, frozenset(), seed)
+        generator = torch.Generator().manual_seed(seed)
+        for i in sorted(planted):
+            delta = net.grafts.grafts[i].delta
+            delta.B.data.normal_(std=strength / delta.scaling, generator=generator)
+        logits, head = model(**batch).logits, model.classifier
+        head.weight *= SHARPNESS / logits.std(0, keepdim=True).T
+        head.bias.sub_(SHARPNESS * logits.mean(0) / logits.std(0))
+        untuned = SHARPNESS * (before - logits.mean(0)) / logits.std(0)
+        changed = (untuned.argmax(-1) != model(**batch).logits.argmax(-1)).float().mean()
+    return model, planted, float(changed)
+
+
+def search(level: str, method: str, seed: int) -> dict[str, Any]:
+    """One search, as a line of results.jsonl."""
+    strategy, more = METHODS[method]
+    expert, planted, changed = teacher(level, seed)
+    student = backbone(LEVELS[level][0], seed)
+    student.classifier.load_state_dict(expert.classifier.state_dict())
+    space = candidates(student)
+    limit = int(space.cost[sorted(planted)].sum())
+    train, valid = (Draws(stream, ROWS, WORDS, labels_of(expert)) for stream in (1, 2))
+    asked = problem(student, space, limit, steps=STEPS, seed=seed, head=frozenset(), tau=TAU,
+                    train=train, valid=valid)
+    began = time.process_time()
+    keep = catalog.get("strategies", strategy)(asked, **more).keep
+    spent = space.parameters(keep)
+    if spent > limit:
+        raise RuntimeError(f"{method} spent {spent} of {limit}")
+    found = len(planted & set(keep.nonzero().squeeze(-1).tolist()))
+    return {"level": level, "method": method, "seed": seed, "recall": found / len(planted),
+            "changed": round(changed, 3), "seconds": round(time.process_time() - began, 1)}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Mean and spread of the recall by level, and the processor time of a search."""
+    lines = ["| level | labels changed | method | recall | spread | searches | seconds |",
+             "|---|---|---|---|---|---|---|"]
+    for level in LEVELS:
+        means = {m: [r for r in rows if (r["level"], r["method"]) == (level, m)] for m in METHODS}
+        for method, own in sorted(means.items(), key=lambda item: -_mean(item[1], "recall")):
+            if own:
+                spread = statistics.stdev(r["recall"] for r in own) if len(own) > 1 else 0.0
+                lines.append(
+                    f"| {level} | {_mean(own, 'changed'):.0%} | `{method}` | "
+                    f"{_mean(own, 'recall'):.2f} | {spread:.2f} | {len(own)} | "
+                    f"{_mean(own, 'seconds'):.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean(rows: list[dict[str, Any]], name: str) -> float:
+    return statistics.fmean(r[name] for r in rows) if rows else 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    results = Ledger(args.out / "results.jsonl", ("level", "method", "seed"))
+    for level in LEVELS:
+        for method in METHODS:
+            for seed in args.seeds:
+                if (level, method, seed) not in results.rows():
+                    results.add(search(level, method, seed))
+    text = table(list(results.rows().values()))
+    (args.out / "table.md").write_text(text, encoding="utf-8")
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()
