@@ -21,7 +21,6 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 HEARTBEAT, GRACE = 10, 30  # seconds; a trial that was silent for GRACE is taken for dead
 RETRIES = 3  # of a trial whose worker died; a trial that always kills its worker must end
-OFFERED = "offered"  # trial attribute: who enqueued it, and most often runs it
 WORKER = "worker"  # trial attribute: who runs it
 VERSION = "version"  # trial attribute: of which version it is; set as soon as every knob is
 FAILURE = "failure"  # trial attribute: why it failed; without it, its worker died
@@ -74,26 +73,26 @@ def root(trial: FrozenTrial) -> int:
     return int(trial.system_attrs.get("failed_trial", trial.number))
 
 
-def place(study: Study, trial: FrozenTrial) -> int:
+def place_of(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:
     """How manieth a trial is, repetitions in the place of what they repeat."""
-    return len({root(t) for t in trials_of(study) if root(t) < root(trial)})
+    return len({root(t) for t in trials if root(t) < root(trial)})
 
 
-def admit(study: Study, trial: Trial, wanted: int) -> FrozenTrial:
-    """Mark who runs a trial, and return it.
+def admit(study: Study, trial: Trial, wanted: int) -> tuple[FrozenTrial, int]:
+    """Mark who runs a trial; return it, and its place.
 
     Raises Surplus for a first try beyond the wanted number, and for a second repetition of the
     same trial.
     """
     trials = trials_of(study)
     frozen = next(t for t in trials if t.number == trial.number)
-    earlier = [t for t in trials if t.number < trial.number]
+    place, earlier = place_of(frozen, trials), [t for t in trials if t.number < trial.number]
     twice = any(root(t) == root(frozen) and t.state != TrialState.FAIL for t in earlier)
-    if twice or (root(frozen) == trial.number and len({root(t) for t in earlier}) >= wanted):
+    if twice or (root(frozen) == trial.number and place >= wanted):
         trial.set_user_attr(SURPLUS, True)
         raise Surplus
     trial.set_user_attr(WORKER, me())
-    return frozen
+    return frozen, place
 
 
 def me() -> str:
@@ -110,7 +109,6 @@ def again(study: Study, trial: FrozenTrial) -> None:
     """
     trial = copy.deepcopy(trial)
     trial.user_attrs.pop(WORKER, None)
-    trial.user_attrs[OFFERED] = me()
     if VERSION not in trial.user_attrs:
         trial.params, trial.distributions = {}, {}
     with warnings.catch_warnings():
@@ -126,8 +124,7 @@ def take_back(study: Study) -> None:
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         optuna.storages.fail_stale_trials(study)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if _gone(trial.user_attrs.get(WORKER)) or (unclaimed(trial) and (
-                _old(trial) or _gone(trial.user_attrs.get(OFFERED)))):
+        if _gone(trial.user_attrs.get(WORKER)) or (unclaimed(trial) and _old(trial)):
             with contextlib.suppress(ValueError, optuna.exceptions.OptunaError):
                 study.tell(trial.number, state=TrialState.FAIL)  # refused if somebody else did
                 again(study, trial)

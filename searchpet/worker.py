@@ -32,14 +32,11 @@ from searchpet.propose import budget_of, version
 from searchpet.question import Question
 from searchpet.roster import (
     FAILURE,
-    OFFERED,
     VERSION,
     Standing,
     Surplus,
     admit,
     again,
-    me,
-    place,
     root,
     standing,
     take_back,
@@ -105,12 +102,12 @@ class Worker:
                 return
 
     def _next(self, trials: Sequence[FrozenTrial], now: Standing) -> None:
-        """Run one trial.  What it samples depends on its number and on what is finished, so that
+        """Run one trial.  What it samples depends on its place and on what is finished, so that
         a study that was cut off goes on to the same trials.
         """
         q = self.question
         if not now.waiting:
-            self._enqueue(trials)
+            self._start_with_known_good(trials)
         self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs)
         running: list[Trial] = []
 
@@ -127,24 +124,32 @@ class Worker:
                 again(self.study, _frozen(self.study, running[0].number))
             raise
 
-    def _enqueue(self, trials: Sequence[FrozenTrial]) -> None:
-        """Enqueue a trial: the next of the settings to try first that nobody has tried, else one
-        to be sampled.  It says by whom, so that it is seen at once where this one dies before it
-        could take it.  One at a time: what was cut off is repeated before the next one begins.
+    def _start_with_known_good(self, trials: Sequence[FrozenTrial]) -> None:
+        """Enqueue the next of the settings to try first that nobody has tried.  One at a time:
+        a trial that was cut off is to be repeated before the next one begins.
         """
         tried = [t.params or t.system_attrs.get("fixed_params") for t in trials]
-        new = (start for start in self.question.space.starts() if start not in tried)
-        self.study.enqueue_trial(next(new, {}), user_attrs={OFFERED: me()})
+        for start in self.question.space.starts():
+            if start not in tried:
+                self.study.enqueue_trial(start)
+                return
+
+    def begin(self, trial: Trial) -> FrozenTrial:
+        """Claim a trial, and have its knobs sampled by its place; none is before it is suggested.
+
+        Raises Surplus as `admit` does.
+        """
+        q = self.question
+        frozen, place = admit(self.study, trial, q.trials)
+        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + place)
+        return frozen
 
     def _run(self, trial: Trial) -> Any:
         """A trial, from its knobs to its values; a failure says why."""
-        q = self.question
-        frozen = admit(self.study, trial, q.trials)
-        number = place(self.study, frozen)
-        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + number)
+        frozen = self.begin(trial)
         began = time.monotonic()
         try:
-            values = suggest(trial, q.space)
+            values = suggest(trial, self.question.space)
             trial.set_user_attr(VERSION, version())
             found = self._reuse(trial) or self._tried(trial, frozen, values)
         except optuna.TrialPruned as pruned:

@@ -26,11 +26,10 @@ from searchpet.propose import command
 from searchpet.question import duration, limits_of, rungs
 from searchpet.roster import (
     GRACE,
-    OFFERED,
     VERSION,
     WORKER,
     again,
-    me,
+    place_of,
     root,
     standing,
     take_back,
@@ -460,17 +459,18 @@ def test_a_trial_whose_worker_died_before_it_could_say_who_it_is_is_repeated(
     assert len(study.trials) == 2
 
 
-def test_a_trial_whose_worker_died_between_its_offer_and_its_claim_is_repeated_at_once() -> None:
+def test_repetitions_do_not_move_the_trials_after_them() -> None:
+    """A trial samples by its place, which must be that of a study that was never cut off."""
     study = optuna.create_study()
-    alive = me()
-    dead = re.sub(r"/(\d+)$", "/1", alive)  # this number, but of a process that began in 1970
-    for worker in (alive, dead):
-        study.enqueue_trial({}, user_attrs={OFFERED: worker})
+    for _ in range(2):  # trials 0 and 2 are cut off; 1 and 3 repeat them
         study.ask()
-    take_back(study)
-    assert [t.state.name for t in trials_of(study)] == ["RUNNING", "FAIL", "WAITING"]
-    repeated = trials_of(study)[2]
-    assert root(repeated) == 1 and repeated.user_attrs[OFFERED] == alive
+        study.tell(trials_of(study)[-1].number, state=optuna.trial.TrialState.FAIL)
+        again(study, trials_of(study)[-1])
+        study.tell(study.ask(), 0.0)
+    study.ask()
+    trials = trials_of(study)
+    assert [root(t) for t in trials] == [0, 0, 2, 2, 4]
+    assert [place_of(t, trials) for t in trials] == [0, 0, 1, 1, 2]
 
 
 # --- workers and collecting elsewhere ---

@@ -36,7 +36,7 @@ from optuna.trial import Trial
 
 from searchpet.ask import Ask
 from searchpet.question import Question
-from searchpet.roster import admit, me, trials_of
+from searchpet.roster import me, trials_of
 from searchpet.settings import Settings
 from searchpet.study import create, join
 from searchpet.study import sampler as sampler_of
@@ -54,7 +54,7 @@ class Sleeper(Worker):
     name = ""
 
     def _run(self, trial: Trial) -> float:
-        admit(self.study, trial, self.question.trials)
+        self.begin(trial)
         trial.set_user_attr("by", f"{me()}/{self.name}")
         suggest(trial, self.question.space)
         time.sleep(SECONDS)
