@@ -14,7 +14,7 @@ from searchpet.run import RunFolder
 from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.ensemble import histogram, search
 from tests.laws import families as tiny
-from tests.laws.problems import problem
+from tests.laws.problems import Cut, problem
 
 CHEAP = [tiny.rule("bias", "channel", role="attention.query")]
 
@@ -74,16 +74,7 @@ def test_every_run_starts_alike_on_other_data(scripted: list[dict[str, Any]]) ->
 
 def test_a_search_that_was_cut_off_ends_the_same(tmp_path: Path) -> None:
     def run(given: Problem, stop: int) -> Ranking:
-        plain, made = given.loss, 0
-
-        def loss(batch: Any) -> torch.Tensor:
-            nonlocal made
-            made += 1
-            if made == stop:
-                raise KeyboardInterrupt
-            return plain(batch)
-
-        given.loss = loss
+        Cut(given, stop)
         return search(given, of="lagrangian", runs=3)
 
     whole = run(asked(5), 0)

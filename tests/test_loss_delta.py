@@ -26,7 +26,7 @@ from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.loss_delta import groups_of, prune
 from tests.commands import cut_off, write_task
 from tests.laws import families as tiny
-from tests.laws.problems import Draws, problem
+from tests.laws.problems import Cut, Draws, problem
 
 MASKS = tiny.every_mask(neurons={"most": 6, "multiple": 1})
 RULES = [tiny.rule("lora", "atom", {"rank": 2}), *MASKS]
@@ -274,20 +274,6 @@ def _look(given: Problem, seen: list[Tensor]) -> Ranking:
     seen += [p.detach().clone() for p in given.net.grafts.deltas.parameters()]
     score = torch.rand(len(given.space), generator=given.generator)
     return Ranking(score, given.limits.fill(score))
-
-
-class Cut:
-    """Raises at the n-th loss; counts them."""
-
-    def __init__(self, given: Problem, stop: int) -> None:
-        self.plain, self.stop, self.made = given.loss, stop, 0
-        given.loss = self
-
-    def __call__(self, batch: dict[str, Tensor]) -> Tensor:
-        self.made += 1
-        if self.made == self.stop:
-            raise KeyboardInterrupt
-        return self.plain(batch)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.strategies import Problem, Ranking
 from tests.laws import families as tiny
-from tests.laws.problems import Draws, problem
+from tests.laws.problems import Cut, Draws, problem
 
 WORDS = 20
 SIZES = {"size": 0.02, "start": 0.01}
@@ -309,17 +309,8 @@ def test_both_budgets_hold_exactly(share: str, limit: int) -> None:
 @pytest.mark.parametrize("calls", [3, 13])  # in the warm-up, and between two passes of a step
 def test_a_search_that_was_cut_off_ends_the_same(calls: int, tmp_path: Path) -> None:
     def run(given: Problem, stop: int) -> tuple[Ranking, int]:
-        plain, made = given.loss, 0
-
-        def loss(batch: Batch) -> Tensor:
-            nonlocal made
-            made += 1
-            if made == stop:
-                raise KeyboardInterrupt
-            return plain(batch)
-
-        given.loss = loss
-        return catalog.get("strategies", "robust")(given, steps=2, warmup=0.5), made
+        count = Cut(given, stop)
+        return catalog.get("strategies", "robust")(given, steps=2, warmup=0.5), count.made
 
     (tmp_path / "run").mkdir()
     whole, total = run(asked("50%", 200), 0)

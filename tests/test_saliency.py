@@ -13,10 +13,10 @@ from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.run import RunFolder
 from searchpet.space import Space
-from searchpet.strategies import Problem
+from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.saliency import energy, opened, ranks, search, worth
 from tests.laws import families as tiny
-from tests.laws.problems import problem
+from tests.laws.problems import Cut, problem
 
 
 def asked(*, steps: int = 10, folder: Path | None = None) -> Problem:
@@ -83,25 +83,17 @@ def test_gates_that_are_settled_as_pruned_stay_shut() -> None:
     assert opened(replace(given, settled=settled))[0] == 0
 
 
-def test_a_cut_off_search_ends_the_same(tmp_path: Path) -> None:
-    for name in ("whole", "cut"):
-        (tmp_path / name).mkdir()
-    whole = search(asked(folder=tmp_path / "whole"), warmup=1.0)
-    given = asked(folder=tmp_path / "cut")
-    seen = 0
+def test_a_search_that_was_cut_off_ends_the_same(tmp_path: Path) -> None:
+    def run(given: Problem, stop: int) -> tuple[Ranking, int]:
+        count = Cut(given, stop)
+        return search(given, warmup=1.0), count.made
 
-    def loss(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        nonlocal seen
-        seen += 1
-        if seen == 6:
-            raise KeyboardInterrupt
-        return plain(batch)
-
-    plain, given.loss = given.loss, loss
+    whole, total = run(asked(), 0)
     with pytest.raises(KeyboardInterrupt):
-        search(given, warmup=1.0)
-    again = search(asked(folder=tmp_path / "cut"), warmup=1.0)
-    assert torch.equal(whole.score, again.score)
+        run(asked(folder=tmp_path), 6)
+    rest, left = run(asked(folder=tmp_path), 0)
+    assert torch.equal(rest.score, whole.score) and torch.equal(rest.keep, whole.keep)
+    assert left == total - 5
 
 
 @pytest.mark.parametrize(("more", "message"), [

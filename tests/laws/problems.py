@@ -36,6 +36,20 @@ class Draws:
         return {**batch, "labels": self.label(batch) if self.label else high}
 
 
+class Cut:
+    """In the place of a problem's loss: raises KeyboardInterrupt at the n-th call; counts them."""
+
+    def __init__(self, given: Problem, stop: int = 0) -> None:
+        self.plain, self.stop, self.made = given.loss, stop, 0
+        given.loss = self
+
+    def __call__(self, batch: Batch) -> Tensor:
+        self.made += 1
+        if self.made == self.stop:
+            raise KeyboardInterrupt
+        return self.plain(batch)
+
+
 def problem(model: nn.Module, space: Space, limit: int, *, steps: int = 4, seed: int = 0,
             head: frozenset[str] | None = None, tau: float = 0.1, train: Draws | None = None,
             valid: Draws | None = None, folder: RunFolder | None = None,
