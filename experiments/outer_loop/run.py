@@ -45,6 +45,7 @@ class Arm:
         self.folder = args.out / "work" / f"{task}-{way}-s{seed}"
         self.data = args.data or "DIR"
         self.common = ["--task", task, "--seed", str(seed), "--max-length", "32",
+                       "--precision", "bf16",
                        *(["--data", args.data] if args.data and task != "agreement" else [])]
 
     def words(self, seconds: float | None) -> list[str]:

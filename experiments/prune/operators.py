@@ -116,6 +116,7 @@ class Bench:
         self.common: dict[str, Any] = {
             "task": args.task, "data": args.data, "model": args.model, "steps": args.steps,
             "batch_size": args.batch_size, "tau": args.tau, "seed": seed, "device": "cpu"}
+        self.training = {**self.common, "precision": args.precision}  # every score is in fp32
         self.session: Session | None = None
 
     def run(self) -> None:
@@ -136,11 +137,11 @@ class Bench:
             "TDPT", set={"run": str(self.home / "TD")}, inherit=True, **after))
 
     def search(self, name: str, **more: Any) -> None:
-        searchpet.search(**self.common, space="wide", budget=self.args.budget, controls=0,
+        searchpet.search(**self.training, space="wide", budget=self.args.budget, controls=0,
                          out=self.home / name, resume=True, **more)
 
     def train(self, name: str, spec: str, teacher: str) -> None:
-        searchpet.train(self.home / spec, **self.common, distill=teacher,
+        searchpet.train(self.home / spec, **self.training, distill=teacher,
                         out=self.home / name, resume=True)
 
     def untrained(self) -> None:
@@ -223,6 +224,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tau", type=float, default=Settings.tau)
+    parser.add_argument("--precision", default=Settings.precision)
     parser.add_argument("--budget", default="1%")
     parser.add_argument("--keep-flops", default="60%")
     parser.add_argument("--split", default="test", choices=("test", "validation"))
