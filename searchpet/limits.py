@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -65,6 +66,12 @@ class Limits:
         self.pet = (~space.prunes).nonzero().squeeze(-1)
         self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
         self._prices = Prices(space, self.hosts) if self.hosts else None
+
+    def at(self, limit: int) -> Limits:
+        """The same with another limit on PET."""
+        other = copy(self)
+        other.limit = limit
+        return other
 
     def price(self, z: Tensor) -> Tensor:
         """Expected parameters of each unit (units,), float64, where prune gates are z (units,)."""

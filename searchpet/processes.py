@@ -83,10 +83,9 @@ def rows(batch: Batch) -> int:
 def mean_loss(loss: Callable[[Batch], Tensor], batch: Batch, inputs: Sequence[Tensor]) -> Tensor:
     """loss(batch), (), each process running its rows; differentiable, once, in `inputs` alone.
 
-    loss(batch): a mean over rows, under gates that are the same for all rows.  Where it is a mean
-    over something else, such as tokens, this is the mean of the processes' means, weighted by
-    rows.  All processes must call it alike.  A gradient that no process has is absent, as in one
-    process.
+    loss(batch): a mean over rows.  Where it is a mean over something else, such as tokens, this is
+    the mean of the processes' means, weighted by rows.  All processes must call it alike.  A
+    gradient that no process has is absent, as in one process.
     Raises Lost where the processes cannot meet.
     """
     if size() == 1:

@@ -169,7 +169,7 @@ def _sparse(problem: Problem) -> Sparse:
         learn = torch.optim.AdamW(problem.net.groups(rates), weight_decay=0.0)
         learn.register_step_pre_hook(lambda *_: see())
         for step in range(steps):
-            descend(problem, learn, problem.train[step])
+            descend(problem, problem.train[step], learn)
 
     sparse = Sparse(problem.net, problem.limit, problem.loss, warm, problem.generator)
     problem.settle_pet = sparse.settle

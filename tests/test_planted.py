@@ -88,7 +88,8 @@ def hits(strategy: str, seed: int, steps: int, rows: int, **more: Any) -> int:
 
 
 @pytest.mark.parametrize(("strategy", "steps", "rows"), [
-    ("bilevel", 200, 32), ("s3pet", 120, 24), ("lagrangian", 200, 32)])
+    ("bilevel", 200, 32), ("s3pet", 120, 24), ("lagrangian", 200, 32),
+    ("progressive", 200, 32)])
 def test_a_search_finds_what_was_planted(strategy: str, steps: int, rows: int) -> None:
     found = [hits(strategy, seed, steps, rows) for seed in SEEDS]
     assert sum(found) >= 7, found  # of nine; chance finds two or three

@@ -10,13 +10,14 @@ places and in how strong the planted deltas are, which is how many labels they c
     easy    3 of 12 places, strength 3        hard    6 of 24 places, strength 1
     middle  6 of 24 places, strength 2
 
-Every strategy has 200 steps of 32 examples, and its defaults.  The same command goes on where it
-stopped.  results.jsonl has a line per search, table.md the means.
+Every strategy has 32 examples a step and its defaults.  The same command goes on where it stopped,
+and may run several times at once.  results.jsonl has a line per search, table.md the means.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import time
@@ -25,21 +26,27 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 
 from searchpet import catalog
-from searchpet.ledger import Ledger
+from searchpet.ledger import Ledger, claim
 from searchpet.space import Space
 from searchpet.supernet import Supernet
 from tests.laws import families as tiny
 from tests.laws.problems import Draws, problem
-from tests.test_planted import CLASSES, SHARPNESS, SIZE, TAU, WORDS, labels_of
+from tests.test_planted import CLASSES, SHARPNESS, SIZE, WORDS, labels_of
 
-STEPS, ROWS = 200, 32
+STEPS, ROWS = (200, 600), 32
 LEVELS = {"easy": (2, 3, 3.0), "middle": (4, 6, 2.0), "hard": (4, 6, 1.0)}  # layers, places, B
+TAU = 0.05  # this backbone is random and sharp: at 0.3 the deltas diverge
+MATTERS = 0.1  # of the labels hang on every planted delta
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "bilevel": ("bilevel", {}), "s3pet": ("s3pet", {}), "lagrangian": ("lagrangian", {}),
-    "saliency": ("saliency", {}), "saliency, energy": ("saliency", {"by": "energy"}),
+    "progressive": ("progressive", {}), "bilevel": ("bilevel", {}), "s3pet": ("s3pet", {}),
+    "bilevel, a gate per row": ("bilevel", {"rows": True}),
+    "bilevel, one pass": ("bilevel", {"levels": 1}),
+    "bilevel, one pass, a gate per row": ("bilevel", {"levels": 1, "rows": True}),
+    "lagrangian": ("lagrangian", {}), "saliency": ("saliency", {}),
+    "saliency, energy": ("saliency", {"by": "energy"}),
     "random:unit": ("random", {"variant": "unit"}),
 }
 
@@ -65,29 +72,52 @@ def candidates(model: nn.Module) -> Space:
         model, tiny.rule("lora", "module", {"rank": 1}, role=["attention.*", "ffn.*"]))
 
 
+def plant(net: Supernet, places: set[int], strength: float, generator: torch.Generator) -> None:
+    """Draw strong deltas at `places`, silent ones elsewhere."""
+    for i, graft in enumerate(net.grafts.grafts):
+        size = strength / graft.delta.scaling if i in places else 0.0
+        graft.delta.B.data.normal_(generator=generator).mul_(size)
+
+
+@torch.no_grad()
 def teacher(level: str, seed: int) -> tuple[nn.Module, set[int], float]:
-    """The backbone with strong deltas, which units they are, the share of labels changed."""
+    """The backbone with strong deltas, which units they are, the share of labels changed.
+
+    Places are drawn until each matters: without its delta at least `MATTERS` of the labels differ.
+    Else a search would be asked for what can be left out; queries and keys often can.
+    """
     layers, count, strength = LEVELS[level]
     model = backbone(layers, seed)
     space = candidates(model)
-    planted = set(random.Random(f"{level}{seed}").sample(range(len(space)), count))
+    net = Supernet(model, space, frozenset(), seed)
+    rng, generator = random.Random(f"{level}{seed}"), torch.Generator().manual_seed(seed)
     batch = Draws(0, 500, WORDS)[0]
-    with torch.no_grad():
-        before = model(**batch).logits
-        net = Supernet(model, space, frozenset(), seed)
-        generator = torch.Generator().manual_seed(seed)
-        for i in sorted(planted):
-            delta = net.grafts.grafts[i].delta
-            delta.B.data.normal_(std=strength / delta.scaling, generator=generator)
-        logits, head = model(**batch).logits, model.classifier
-        head.weight *= SHARPNESS / logits.std(0, keepdim=True).T
-        head.bias.sub_(SHARPNESS * logits.mean(0) / logits.std(0))
-        untuned = SHARPNESS * (before - logits.mean(0)) / logits.std(0)
-        changed = (untuned.argmax(-1) != model(**batch).logits.argmax(-1)).float().mean()
-    return model, planted, float(changed)
+
+    def logits(*closed: int) -> Tensor:
+        net.z = torch.tensor([float(i not in closed) for i in range(len(space))])
+        found: Tensor = model(**batch).logits
+        return found
+
+    while True:
+        planted = set(rng.sample(range(len(space)), count))
+        plant(net, planted, strength, generator)
+        whole = logits()
+        center, spread = whole.mean(0), whole.std(0)
+
+        def changed(*closed: int) -> float:
+            label = [((x - center) / spread).argmax(-1) for x in (whole, logits(*closed))]  # noqa: B023
+            return float((label[0] != label[1]).float().mean())
+
+        if min(changed(i) for i in planted) >= MATTERS:
+            break
+    share = changed(*planted)
+    net.z = torch.ones(len(space))
+    model.classifier.weight *= SHARPNESS / spread[:, None]
+    model.classifier.bias.sub_(SHARPNESS * center / spread)
+    return model, planted, share
 
 
-def search(level: str, method: str, seed: int) -> dict[str, Any]:
+def search(level: str, method: str, steps: int, seed: int) -> dict[str, Any]:
     """One search, as a line of results.jsonl."""
     strategy, more = METHODS[method]
     expert, planted, changed = teacher(level, seed)
@@ -96,7 +126,7 @@ def search(level: str, method: str, seed: int) -> dict[str, Any]:
     space = candidates(student)
     limit = int(space.cost[sorted(planted)].sum())
     train, valid = (Draws(stream, ROWS, WORDS, labels_of(expert)) for stream in (1, 2))
-    asked = problem(student, space, limit, steps=STEPS, seed=seed, head=frozenset(), tau=TAU,
+    asked = problem(student, space, limit, steps=steps, seed=seed, head=frozenset(), tau=TAU,
                     train=train, valid=valid)
     began = time.process_time()
     keep = catalog.get("strategies", strategy)(asked, **more).keep
@@ -104,21 +134,24 @@ def search(level: str, method: str, seed: int) -> dict[str, Any]:
     if spent > limit:
         raise RuntimeError(f"{method} spent {spent} of {limit}")
     found = len(planted & set(keep.nonzero().squeeze(-1).tolist()))
-    return {"level": level, "method": method, "seed": seed, "recall": found / len(planted),
-            "changed": round(changed, 3), "seconds": round(time.process_time() - began, 1)}
+    return {"level": level, "method": method, "steps": steps, "seed": seed,
+            "recall": found / len(planted), "changed": round(changed, 3),
+            "seconds": round(time.process_time() - began, 1)}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean and spread of the recall by level, and the processor time of a search."""
-    lines = ["| level | labels changed | method | recall | spread | searches | seconds |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| level | labels changed | method | steps | recall | spread | searches | seconds |",
+             "|---|---|---|---|---|---|---|---|"]
     for level in LEVELS:
-        means = {m: [r for r in rows if (r["level"], r["method"]) == (level, m)] for m in METHODS}
-        for method, own in sorted(means.items(), key=lambda item: -_mean(item[1], "recall")):
+        here = [r for r in rows if r["level"] == level]
+        cells = {(m, s): [r for r in here if (r["method"], r["steps"]) == (m, s)]
+                 for m in METHODS for s in STEPS}
+        for (method, steps), own in sorted(cells.items(), key=lambda c: -_mean(c[1], "recall")):
             if own:
                 spread = statistics.stdev(r["recall"] for r in own) if len(own) > 1 else 0.0
                 lines.append(
-                    f"| {level} | {_mean(own, 'changed'):.0%} | `{method}` | "
+                    f"| {level} | {_mean(own, 'changed'):.0%} | {method} | {steps} | "
                     f"{_mean(own, 'recall'):.2f} | {spread:.2f} | {len(own)} | "
                     f"{_mean(own, 'seconds'):.0f} |")
     return "\n".join(lines) + "\n"
@@ -134,12 +167,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results = Ledger(args.out / "results.jsonl", ("level", "method", "seed"))
-    for level in LEVELS:
-        for method in METHODS:
-            for seed in args.seeds:
-                if (level, method, seed) not in results.rows():
-                    results.add(search(level, method, seed))
+    results = Ledger(args.out / "results.jsonl", ("level", "method", "steps", "seed"))
+    for cell in itertools.product(LEVELS, METHODS, STEPS, args.seeds):
+        if cell not in results.rows():
+            with claim(args.out / "work" / "-".join(map(str, cell))) as mine:
+                if mine and cell not in results.rows():
+                    results.add(search(*cell))
     text = table(list(results.rows().values()))
     (args.out / "table.md").write_text(text, encoding="utf-8")
     print(text, end="")

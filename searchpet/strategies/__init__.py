@@ -138,7 +138,16 @@ class Problem:
         """
         if processes.size() == 1:
             return self.loss(batch)
-        return processes.mean_loss(self.loss, batch, [self.net.z, *self.net.trained])
+        z = self.net.z
+
+        def own(rows: Batch) -> Tensor:
+            self.net.z = z if z.dim() == 1 else processes.shard({"z": z})["z"]
+            return self.loss(rows)
+
+        try:
+            return processes.mean_loss(own, batch, [z, *self.net.trained])
+        finally:
+            self.net.z = z
 
     def gauge(self, step: int, p: Tensor, price: Tensor) -> dict[str, Tensor]:
         """What a step's gates come to, for `Loop.report`; the run's record is told as well.
@@ -185,17 +194,18 @@ def law(name: str, value: float, holds: bool, wanted: str) -> None:
         raise InputError(f"{name} must be {wanted}, but got {value}; change it with --set")
 
 
-def descend(problem: Problem, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
-    """One step of the deltas and the head on a batch, under the present gates; returns the loss.
+def descend(problem: Problem, batch: Batch, *optimizers: torch.optim.Optimizer) -> Tensor:
+    """One step of each optimizer on a batch, under the present gates, in one pass; its loss.
 
-    Gates get no gradient.  A delta that no example of the batch reaches has gradient 0.
+    What no optimizer has gets no gradient.  A delta that no example reaches has gradient 0.
     """
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
+    learned = [p for o in optimizers for group in o.param_groups for p in group["params"]]
     loss = problem.spread(batch)
-    found = torch.autograd.grad(loss, weights, materialize_grads=True)
-    for weight, gradient in zip(weights, found, strict=True):
-        weight.grad = gradient
-    optimizer.step()
+    found = torch.autograd.grad(loss, learned, materialize_grads=True)
+    for parameter, gradient in zip(learned, found, strict=True):
+        parameter.grad = gradient
+    for optimizer in optimizers:
+        optimizer.step()
     return loss.detach()
 
 

@@ -25,9 +25,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from searchpet import processes
 from searchpet.gates import concrete, straight_through
 from searchpet.settle import compare
-from searchpet.strategies import Phases, Problem, Ranking, descend, law
+from searchpet.strategies import Batch, Phases, Problem, Ranking, descend, law
 
 TRAINS = True
 BATCHES = 8  # for the scores that prune units start from
@@ -43,6 +44,8 @@ def search(
     hard: float = 0.2,  # share of the steps, at the end, in which prune gates are open or closed
     prior: float = 2.0,  # spread of the logits that prune units start from; 0: all alike
     pace: float = 0.3,  # of alpha_lr, for prune units: one seed, TREC-6: 0.926 against 0.925 at 1
+    levels: int = 2,
+    rows: bool = False,
 ) -> Ranking:
     """Learn alpha (units,), then keep units by p per parameter within the limits.
 
@@ -54,6 +57,7 @@ def search(
     law("bilevel.cold", cold, 0 < cold <= 1, "in (0, 1]")
     law("bilevel.prior", prior, prior >= 0, "at least 0")
     law("bilevel.pace", pace, 0 <= pace <= 1, "in [0, 1]")
+    law("bilevel.levels", levels, levels in (1, 2), "1 or 2")
     net, limits, device = problem.net, problem.limits, problem.net.home
     alpha = torch.zeros(len(problem.space), device=device, requires_grad=True)
     weights = [p for group in net.groups(problem.rates) for p in group["params"]]
@@ -62,15 +66,26 @@ def search(
     rates = [group["lr"] for group in learn.param_groups]
     phases = Phases(problem.steps, warmup, cold, ramp, hard)
     prunes = problem.space.prunes.to(device)
+    apart = rows and not bool(prunes.any())
 
-    def gates(p: Tensor, step: int) -> Tensor:
-        z = concrete(p, phases.temperature(step), problem.generator)
+    def gates(step: int, p: Tensor, batch: Batch) -> Tensor:
+        """A sample (units,), or one for every row of the batch; differentiable in alpha."""
+        z = concrete(p, phases.temperature(step), problem.generator,
+                     rows=processes.rows(batch) if apart else 0)
         return straight_through(z, prunes) if phases.hard(step) else z
+
+    def choosing(batch: Batch, *others: torch.optim.Optimizer) -> Tensor:
+        """A step of alpha, and of others, on a batch."""
+        before = alpha.detach().clone()
+        loss = descend(problem, batch, choose, *others)
+        with torch.no_grad():
+            alpha.copy_(torch.where(prunes, before.lerp(alpha, pace), alpha))
+        return loss
 
     loop = problem.loop(
         problem.steps, alpha=alpha, weights=weights, learn=learn, choose=choose)
     for step in loop:
-        warm = phases.warm(step)
+        warm, train, valid = phases.warm(step), problem.train[step], problem.valid[step]
         for group, rate in zip(learn.param_groups, rates, strict=True):
             group["lr"] = rate * (problem.crowd if warm and group["kind"] != "head" else 1.0)
         if phases.starts(step):
@@ -78,15 +93,17 @@ def search(
         p = limits.shift(alpha, ease=phases.ease(step))
         if warm:
             net.z = torch.ones(len(alpha), device=device)
+            loss = descend(problem, train, learn)
+        elif levels == 1:
+            both = valid if step % 2 else train
+            net.z = gates(step, p, both)
+            loss = choosing(both, learn)
         else:
-            net.z = gates(p, step)
-            (alpha.grad,) = torch.autograd.grad(problem.spread(problem.valid[step]), alpha)
-            before = alpha.detach().clone()
-            choose.step()
+            net.z = gates(step, p, valid)
+            choosing(valid)
             with torch.no_grad():
-                alpha.copy_(torch.where(prunes, before.lerp(alpha, pace), alpha))
-                net.z = gates(limits.shift(alpha, ease=phases.ease(step)), step)
-        loss = descend(problem, learn, problem.train[step])
+                net.z = gates(step, limits.shift(alpha, ease=phases.ease(step)), train)
+            loss = descend(problem, train, learn)
         loop.report(loss=loss, **problem.gauge(step, p, limits.price(p.detach())))
     score = limits.shift(alpha.detach()).cpu()
     return Ranking(score, limits.fill(score, density=True))

@@ -168,7 +168,7 @@ class _Trials:
         for step in steps:
             if step >= self.first:
                 return step
-            self.loop.report(loss=descend(self.problem, learn, self.problem.train[step]))
+            self.loop.report(loss=descend(self.problem, self.problem.train[step], learn))
         raise AssertionError("a loop has steps after the training")
 
     def _score(self, name: str) -> Tensor:

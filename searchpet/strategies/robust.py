@@ -106,5 +106,5 @@ def _learn(problem: Problem, alpha: Tensor, choose: torch.optim.Optimizer, phase
             p = limits.shift(alpha, ease=phases.ease(step))
             if not warm:
                 net.z = gates(p, step)
-        loss = descend(problem, learn, problem.train[step])
+        loss = descend(problem, problem.train[step], learn)
         loop.report(loss=loss, **problem.gauge(step, p, limits.price(p)), **figures)

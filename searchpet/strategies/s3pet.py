@@ -82,7 +82,7 @@ def search(
         choose.step()
         with torch.no_grad():
             net.z = gate()
-        loss = descend(problem, learn, train)
+        loss = descend(problem, train, learn)
         p = shift(alpha.detach(), price, problem.limit)
         loop.report(loss=loss, **problem.gauge(step, p, price))
     score = shift(alpha.detach(), price, problem.limit).cpu()

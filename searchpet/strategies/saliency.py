@@ -89,7 +89,7 @@ def learn(problem: Problem, steps: int) -> None:
     loop = problem.loop(steps, weights=weights, learn=optimizer)
     for step in loop:
         net.z = opened(problem)
-        loop.report(loss=descend(problem, optimizer, problem.train[step]))
+        loop.report(loss=descend(problem, problem.train[step], optimizer))
 
 
 def energy(problem: Problem, batches: Sequence[Batch]) -> Tensor:

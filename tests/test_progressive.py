@@ -1,0 +1,145 @@
+"""Progressive: what stays on falls to the budget by Fisher's information, and may come back."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from searchpet.discover import discover
+from searchpet.errors import InputError
+from searchpet.pruning import Prune, keep_of
+from searchpet.run import RunFolder
+from searchpet.space import Space
+from searchpet.strategies import Problem, Ranking
+from searchpet.strategies.progressive import learned, search, sizes
+from tests.laws import families as tiny
+from tests.laws.problems import Cut, problem
+
+MASKED = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("bias", "channel"),
+          *tiny.every_mask(neurons={"most": 6, "multiple": 2})]
+
+
+def asked(limit: int = 300, *, steps: int = 20, share: str = "", folder: Path | None = None,
+          ) -> Problem:
+    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).train()
+    rules = MASKED if share else tiny.every_kind()
+    space = Space("test", discover(model), rules)
+    given = problem(model, space, limit, steps=steps, every=0.0,
+                    folder=RunFolder(folder) if folder else None)
+    if share:
+        given.keep = keep_of(Prune("flops", share), model, space)
+    return given
+
+
+def watched(given: Problem, **more: float) -> tuple[Ranking, list[Tensor]]:
+    """A search, and what was on at every step."""
+    on: list[Tensor] = []
+    given.watch = lambda step, p, price, figures: on.append(p.bool().clone())
+    return search(given, **more), on
+
+
+def test_what_is_on_falls_to_the_budget_on_a_cubic_schedule() -> None:
+    given = asked(steps=40)
+    total, plan = given.space.total, sizes(given, 0.2, 0.8, 6)
+    assert list(plan) == [12, 16, 20, 24, 28, 32]
+    assert plan[20] == 300 + int((total - 300) / 8) and plan[32] == 300
+    ranking, on = watched(given, rounds=6)
+    spent = [given.space.parameters(keep) for keep in on]
+    assert spent[:12] == [total] * 12
+    for start, end in zip(plan, [*list(plan)[1:], 40], strict=True):
+        cheapest = int(given.space.cost.max())
+        assert plan[start] - cheapest < spent[start] <= plan[start]
+        assert len(set(spent[start:end])) == 1
+    assert torch.equal(ranking.keep, on[-1])
+
+
+def test_a_step_learns_from_the_batch_and_scores_every_row() -> None:
+    given, again = asked(), asked()
+    given.net.model.eval(), again.net.model.eval()
+    batch, on = given.train[0], torch.ones(len(given.space), dtype=torch.bool)
+    for of in (given, again):  # away from the silent start, where no gate has a slope
+        away = torch.optim.AdamW(of.net.trained, lr=0.1)
+        for _ in range(3):
+            learned(of, batch, on, away)
+    on[::3] = False
+    loss, square = learned(given, batch, on, torch.optim.SGD(given.net.trained, lr=0.1))
+    rows, slopes = len(batch["labels"]), []
+    for row in range(rows):
+        again.net.z = z = on.float().requires_grad_()
+        own = again.loss({name: value[row : row + 1] for name, value in batch.items()})
+        slopes.append(torch.autograd.grad(own, z)[0])
+    wanted = torch.stack(slopes).double().square().mean(0)
+    torch.testing.assert_close(square, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
+    assert bool((square[on] > 0).any()) and bool((square[~on] > 0).any())
+    again.net.z = on.float()
+    total = again.loss(batch)
+    torch.testing.assert_close(loss, total.detach())
+    change = torch.autograd.grad(total, again.net.trained, materialize_grads=True)
+    for mine, other, slope in zip(given.net.trained, again.net.trained, change, strict=True):
+        torch.testing.assert_close(mine, other - 0.1 * slope, rtol=1e-4, atol=1e-6)
+
+
+def test_a_closed_unit_can_come_back() -> None:
+    _, on = watched(asked(steps=60), smooth=0.5, rounds=12)
+    back = torch.zeros_like(on[0])
+    for before, after in itertools.pairwise(on):
+        back |= after & ~before
+    assert bool(back.any())
+
+
+@pytest.mark.parametrize("limit", [30, 300, 10**9])
+def test_the_budget_holds_and_is_used(limit: int) -> None:
+    given = asked(limit)
+    ranking = search(given)
+    spent = given.space.parameters(ranking.keep)
+    assert spent <= limit
+    assert spent > min(limit, given.space.total) - int(given.space.cost.min()) or limit == 30
+    assert len(given.space) == len(ranking.score)
+
+
+def test_what_must_stay_and_what_is_settled_stays() -> None:
+    given = asked(steps=6)
+    must = torch.zeros(len(given.space), dtype=torch.bool)
+    must[3] = True
+    ranking, on = watched(replace(given, must=must))
+    assert bool(ranking.keep[3]) and all(bool(keep[3]) for keep in on)
+    given = asked(steps=6, share="60%")
+    prunes = given.space.prunes
+    settled = given.limits.fill(torch.rand(len(given.space)))
+    ranking, on = watched(replace(given, settled=settled))
+    for keep in (*on, ranking.keep):
+        assert torch.equal(keep[prunes], settled[prunes])
+    assert given.limits.parameters(ranking.keep) <= 300
+
+
+@pytest.mark.parametrize("calls", [2, 13])
+def test_a_search_that_was_cut_off_ends_the_same(calls: int, tmp_path: Path) -> None:
+    whole = search(asked())
+    given = asked(folder=tmp_path)
+    Cut(given, calls)
+    with pytest.raises(KeyboardInterrupt):
+        search(given)
+    again = asked(folder=tmp_path)
+    count = Cut(again)
+    found = search(again)
+    assert torch.equal(found.score, whole.score) and torch.equal(found.keep, whole.keep)
+    assert count.made == 20 - (calls - 1)  # one pass a step
+
+
+@pytest.mark.parametrize(("given", "message"), [
+    ({"warmup": 0.0}, "progressive.warmup must be a share of the steps in"),
+    ({"until": 0.1}, "progressive.until must be a share of the steps from warmup"),
+    ({"rounds": 0}, "progressive.rounds must be at least 1"),
+    ({"smooth": 1.0}, "progressive.smooth must be in"),
+])
+def test_a_hyperparameter_out_of_range_is_one_line(given: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        search(asked(steps=2), **given)
