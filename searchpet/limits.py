@@ -67,10 +67,10 @@ class Limits:
         self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
         self._prices = Prices(space, self.hosts) if self.hosts else None
 
-    def at(self, limit: int) -> Limits:
-        """The same with another limit on PET."""
+    def at(self, limit: int, must: Tensor | None = None) -> Limits:
+        """The same with another limit on PET, and other units that are kept in any case."""
         other = copy(self)
-        other.limit = limit
+        other.limit, other.must = limit, self.must if must is None else must
         return other
 
     def price(self, z: Tensor) -> Tensor:

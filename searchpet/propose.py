@@ -29,6 +29,7 @@ from searchpet.limits import Keep, Limits
 from searchpet.pruning import keep_of
 from searchpet.pruning import used as kept_use
 from searchpet.run import RunFolder
+from searchpet.searched import units_of
 from searchpet.session import Session
 from searchpet.space import Space
 from searchpet.sparse import Sparse
@@ -220,7 +221,8 @@ def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: i
         net=net, space=net.space, limit=limit, keep=keep, must=must,
         train=session.batches(first, seed), valid=session.batches(second, seed + 1), loss=loss,
         importance=lambda name, batches: importance(name, net, batches, loss, generator),
-        rates=rates, room=room, steps=session.settings.steps, loop=loop, generator=generator)
+        rates=rates, room=room, steps=session.settings.steps, loop=loop, generator=generator,
+        units_of=lambda name: units_of(name, net.space))
     if folder is not None:
         problem.watch = Trace(folder, net.space, limit, problem.steps)
     return problem

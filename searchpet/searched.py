@@ -71,6 +71,21 @@ def keep_of(spec: Spec, space: Space, alike: bool = False) -> Tensor:
     return keep
 
 
+def units_of(name: str, space: Space) -> Tensor:
+    """Which units of a space a spec keeps that was searched on it: bool (units,).
+
+    Raises InputError for a spec that cannot be read, and one that keeps what the space lacks.
+    """
+    spec = Spec.load(name)
+    width = {(p.site.path, p.site.role, p.kind): p.width for p in space.placements}
+    for e in spec.entries:
+        if max(e.kept, default=0) >= width.get((e.path, e.role, e.kind), 0):
+            raise InputError(f"spec {name} must keep units of space {space.name}, but its "
+                             f"{e.kind} at {e.path} is none of them; take the --space that it "
+                             "was searched on")
+    return keep_of(spec, space)
+
+
 def exchangeable(place: Placement) -> bool:
     """Whether coordinates are the same before they have learned: atoms of a PET factorisation."""
     return place.atoms and place.neutral == 0

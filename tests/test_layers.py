@@ -33,7 +33,7 @@ STOREYS: dict[float, list[str]] = {
     3.3: ["calibrate", "linear_probe", "mixed", "onnx_file"],
     3.5: ["removal", "supernet", "train"],
     3.6: ["contrast", "outside"],
-    3.7: ["importance", "latency", "recovery", "updates"],
+    3.7: ["importance", "latency", "recovery", "slopes", "updates"],
     3.8: ["bulk"],
     3.9: ["tickets"],
     4: ["strategies/*"],

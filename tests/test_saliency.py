@@ -12,9 +12,10 @@ import transformers
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.run import RunFolder
+from searchpet.slopes import energy, worth
 from searchpet.space import Space
 from searchpet.strategies import Problem, Ranking
-from searchpet.strategies.saliency import energy, opened, ranks, search, worth
+from searchpet.strategies.saliency import opened, ranks, search
 from tests.laws import families as tiny
 from tests.laws.problems import Cut, problem
 
@@ -33,7 +34,7 @@ def test_the_energy_of_a_channel_is_its_squared_gradient_in_steps_of_its_kind() 
     given = asked()
     batches = [given.train[i] for i in range(3)]
     before = [p.detach().clone() for p in given.net.trained]
-    found = energy(given, batches)
+    found = energy(given.net, given.loss, given.rates, batches, opened(given))
     assert all(torch.equal(a, b) for a, b in zip(before, given.net.trained, strict=True))
     given.net.model.eval()
     for place, graft in zip(given.space.placements, given.net.grafts.grafts, strict=True):
@@ -55,7 +56,7 @@ def test_the_agreement_is_minus_the_slope_of_the_gates_on_the_other_half() -> No
     given = asked(steps=20)
     ranking = search(given, by="agreement", warmup=0.5, batches=2)
     given.net.model.eval()  # the deltas are still as they have been trained
-    mean = (worth(given, given.valid[0]) + worth(given, given.valid[1])) / 2
+    mean = sum(worth(given.net, given.loss, given.valid[i], opened(given)) for i in (0, 1)) / 2
     torch.testing.assert_close(ranking.score, mean)
     assert float(ranking.score.abs().max()) > 0
     assert torch.equal(ranking.keep, given.limits.fill(ranking.score, density=True))

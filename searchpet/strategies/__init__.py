@@ -72,6 +72,10 @@ def _unmeasured(name: str, batches: Sequence[Batch]) -> Tensor:
     raise RuntimeError(f"a problem must be given `importance` to score units by {name}")
 
 
+def _unread(name: str) -> Tensor:
+    raise RuntimeError(f"a problem must be given `units_of` to take the spec {name}")
+
+
 @dataclass
 class Problem:
     """All that a strategy may see.
@@ -86,6 +90,7 @@ class Problem:
         units, and hooks them in; None where the space has none.
     settle_pet: (score, allocation, batches, steps) chooses among the parameters of PET itself,
         `limit` of which stay; steps: of training, where the score needs some.
+    units_of:  units_of(name) -> (units,) bool, which units a spec keeps.
     train:     train[step] is a batch of the half that the deltas learn from.
     valid:     valid[step] is a batch of the half that the structure is judged by.
     loss:      loss(batch) runs the backbone with the supernet's current gates; each of several
@@ -114,6 +119,7 @@ class Problem:
     settled: Tensor | None = None
     must: Tensor | None = None
     importance: Callable[[str, Sequence[Batch]], Tensor] = _unmeasured
+    units_of: Callable[[str], Tensor] = _unread
     settle_weights: SettleWeights | None = None
     settle_pet: Settle | None = None
     room: float = 1.0

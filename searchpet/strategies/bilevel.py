@@ -44,8 +44,8 @@ def search(
     hard: float = 0.2,  # share of the steps, at the end, in which prune gates are open or closed
     prior: float = 2.0,  # spread of the logits that prune units start from; 0: all alike
     pace: float = 0.3,  # of alpha_lr, for prune units: one seed, TREC-6: 0.926 against 0.925 at 1
-    levels: int = 2,
-    rows: bool = False,
+    levels: int = 2,  # 1: one pass a step teaches both, on the two halves in turn
+    rows: bool = False,  # True: a gate sample for every example, less noise in alpha's gradient
 ) -> Ranking:
     """Learn alpha (units,), then keep units by p per parameter within the limits.
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from searchpet import processes
+from searchpet.slopes import information
 from searchpet.strategies import Batch, Problem, Ranking, law
 
 PET_ALONE = True
@@ -36,7 +36,7 @@ def search(
     warmup: float = 0.2,  # share of the steps in which everything stays on
     until: float = 0.8,  # share of the steps after which the budget is met
     rounds: int = 20,  # of switching off; each takes the exact knapsack
-    smooth: float = 0.95,  # of the importance: it remembers about 20 steps of a half
+    smooth: float = 0.9,  # of the importance: it remembers ten steps of each half
 ) -> Ranking:
     """Learn with less and less, then keep the units of the greatest importance within the limit.
 
@@ -53,7 +53,9 @@ def search(
     size = sizes(problem, warmup, until, rounds)
     importance = torch.zeros(2, len(problem.space), dtype=torch.float64, device=net.home)
     on = limits.at(problem.space.total).fill(importance[0]).to(net.home)
-    loop = problem.loop(steps, importance=importance, on=on, weights=weights, learn=learn)
+    score = importance[0].clone()  # what `on` was chosen by
+    loop = problem.loop(steps, importance=importance, on=on, score=score, weights=weights,
+                        learn=learn)
     crowd: float | None = None
     for step in loop:
         if crowd is None:
@@ -64,10 +66,11 @@ def search(
         loss, square = learned(problem, (problem.train, problem.valid)[half][step // 2], on, learn)
         importance[half].lerp_(square, max(1 - smooth, 1 / (step // 2 + 1)))  # at first the mean
         if step + 1 in size:
-            on.copy_(limits.at(size[step + 1]).fill(importance.mean(0), density=True))
+            score.copy_(importance.mean(0))
+            on.copy_(limits.at(size[step + 1]).fill(score, density=True))
             crowd = None
         loop.report(loss=loss, **problem.gauge(step, used, limits.price(used)))
-    return Ranking(importance.mean(0).cpu(), on.cpu())
+    return Ranking(score.cpu(), on.cpu())
 
 
 def sizes(problem: Problem, warmup: float, until: float, rounds: int) -> dict[int, int]:
@@ -87,15 +90,10 @@ def spent(problem: Problem, on: Tensor) -> int:
 
 def learned(problem: Problem, batch: Batch, on: Tensor, learn: torch.optim.Optimizer,
             ) -> tuple[Tensor, Tensor]:
-    """A step on a batch -> its loss, and E_rows[(dL_row/dz)^2], (units,) float64."""
-    rows = processes.rows(batch)
-    z = on.float().expand(rows, -1).clone().requires_grad_()
-    problem.net.z = z
+    """A step on a batch -> its loss, and what `information` says of it, (units,) float64."""
     weights = [p for group in learn.param_groups for p in group["params"]]
-    loss = problem.spread(batch)
-    slope, *found = torch.autograd.grad(loss, [z, *weights], materialize_grads=True)
+    loss, square, found = information(problem.net, problem.spread, batch, on, weights)
     for weight, gradient in zip(weights, found, strict=True):
         weight.grad = gradient
     learn.step()
-    problem.net.z = z.detach()
-    return loss.detach(), (rows * slope).double().square().mean(0)
+    return loss, square

@@ -27,12 +27,12 @@ from torch import Tensor
 
 from searchpet.calibrate import HEAD
 from searchpet.errors import unknown
+from searchpet.slopes import energy, worth
 from searchpet.stats import evaluating
-from searchpet.strategies import Batch, Problem, Ranking, descend, law
+from searchpet.strategies import Problem, Ranking, descend, law
 
 PET_ALONE = True  # prunes nothing; `prune_first` with pet=saliency does
 BY = ("agreement", "energy", "both")
-SMALL = 1e-3  # of a calibrated step, for the energy: far inside what is linear
 
 
 def search(
@@ -52,11 +52,14 @@ def search(
     law("saliency.batches", batches, batches >= 1, "at least 1")
     found = []
     if by != "agreement":
-        found.append(energy(problem, [problem.train[i] for i in range(batches)]))
+        found.append(energy(problem.net, problem.spread, problem.rates,
+                            [problem.train[i] for i in range(batches)], opened(problem)))
     if by != "energy":
         learn(problem, max(1, round(warmup * problem.steps)))
+        gates = opened(problem)
         with evaluating(problem.net.model):
-            found.append(sum((worth(problem, problem.valid[i]) for i in range(batches)),
+            found.append(sum((worth(problem.net, problem.spread, problem.valid[i], gates)
+                              for i in range(batches)),
                              torch.zeros(len(problem.space), dtype=torch.float64)) / batches)
     score = found[0] if by != "both" else ranks(problem, found)
     return Ranking(score, problem.limits.fill(score, density=True))
@@ -70,15 +73,6 @@ def opened(problem: Problem) -> Tensor:
     return z
 
 
-def worth(problem: Problem, batch: Batch) -> Tensor:
-    """-dL/dz (units,) float64 on the CPU, all gates open."""
-    z = opened(problem).requires_grad_()
-    problem.net.z = z
-    (slope,) = torch.autograd.grad(problem.spread(batch), z, materialize_grads=True)
-    problem.net.z = z.detach()
-    return -slope.cpu().double()
-
-
 def learn(problem: Problem, steps: int) -> None:
     """Train all deltas and the head, at rates that suit so many."""
     net = problem.net
@@ -90,31 +84,6 @@ def learn(problem: Problem, steps: int) -> None:
     for step in loop:
         net.z = opened(problem)
         loop.report(loss=descend(problem, problem.train[step], optimizer))
-
-
-def energy(problem: Problem, batches: Sequence[Batch]) -> Tensor:
-    """The sum over batches of |lr dL/dtheta|^2 by unit, (units,) float64."""
-    groups = [g for g in problem.net.groups(problem.rates) if g["kind"] != HEAD]
-    steps = [(p, g["lr"] ** 2) for g in groups for p in g["params"]]
-    start = [p.detach().clone() for p, _ in steps]
-    total = torch.zeros(len(problem.space), dtype=torch.float64)
-    with evaluating(problem.net.model):
-        for batch in batches:
-            problem.net.z = opened(problem)
-            slopes = torch.autograd.grad(problem.spread(batch), [p for p, _ in steps],
-                                         materialize_grads=True)
-            largest = max(float((rate ** 0.5 * g).abs().max())
-                          for (_, rate), g in zip(steps, slopes, strict=True))
-            size = SMALL / largest if largest > 0 else 0.0
-            with torch.no_grad():
-                for (p, rate), g in zip(steps, slopes, strict=True):
-                    p.sub_(size * rate * g)
-            if size:
-                total += worth(problem, batch) / size
-            with torch.no_grad():
-                for (p, _), old in zip(steps, start, strict=True):
-                    p.copy_(old)
-    return total
 
 
 def ranks(problem: Problem, scores: Sequence[Tensor]) -> Tensor:
