@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ from torch import Tensor
 from searchpet import cli, launch, processes
 from searchpet.errors import InputError
 from searchpet.spec import Spec
+from searchpet.strategies import Problem
 from tests.commands import DRIVER, ROOT, workplace
 
 JOB = ["--model", "tiny", "--task", "films", "--steps", "24", "--batch-size", "7",
@@ -78,6 +80,15 @@ def small() -> dict[str, Any]:
         found["none"].append(slopes[1] is None)
         with torch.no_grad():
             found[f"value {count}"] = processes.mean_loss(loss, batch, [z, weight])
+        rows = torch.sigmoid(alpha + draw(count, 3))  # gates of each row for itself
+        net = SimpleNamespace(z=rows, trained=[weight])
+
+        def gated(batch: dict[str, Tensor], net: SimpleNamespace = net) -> Tensor:
+            return ((batch["x"] * net.z) @ weight - batch["y"]).square().mean()
+
+        value = Problem.spread(SimpleNamespace(net=net, loss=gated), batch)  # type: ignore[arg-type]
+        found[f"rows {count}"] = [value.detach(), *torch.autograd.grad(value, [weight, alpha])]
+        assert net.z is rows
     found["average"] = processes.average(torch.tensor(float(processes.rank())))
     found["first"] = processes.from_first(processes.rank)
     return found
@@ -160,7 +171,7 @@ def test_losses_and_gradients_are_those_of_the_whole_batch(
     whole = small()
     for rank in (0, 1):
         found = torch.load(home / f"said-{rank}.pt", weights_only=True)
-        for name in ("5", "3", "1", "value 5", "value 3", "value 1"):
+        for name in ("5", "3", "1", "value 5", "value 3", "value 1", "rows 5", "rows 3", "rows 1"):
             torch.testing.assert_close(found[name], whole[name], rtol=1e-5, atol=1e-6)
         assert found["none"] == whole["none"] == [True] * 3
         assert (float(found["average"]), found["first"]) == (0.5, 0)
