@@ -17,7 +17,7 @@ from searchpet.pruning import Prune, keep_of
 from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.strategies import Problem, Ranking
-from searchpet.strategies.progressive import learned, search, sizes
+from searchpet.strategies.progressive import crowded, learned, search, sizes
 from tests.laws import families as tiny
 from tests.laws.problems import Cut, problem
 
@@ -93,6 +93,16 @@ def test_a_closed_unit_can_come_back() -> None:
     for before, after in itertools.pairwise(on):
         back |= after & ~before
     assert bool(back.any())
+
+
+def test_rates_rise_as_the_crowd_thins() -> None:
+    given = asked(300)
+    on = torch.ones(len(given.space), dtype=torch.bool)
+    assert crowded(given, on) == pytest.approx(1.0)
+    half = given.limits.at(round((300 * given.space.total) ** 0.5)).fill(torch.rand(len(on)))
+    assert crowded(given, half) == pytest.approx(0.5, abs=0.02)
+    assert crowded(given, given.limits.fill(torch.rand(len(on)))) == 0.0
+    assert crowded(asked(10**9), on) == 0.0
 
 
 @pytest.mark.parametrize("limit", [30, 300, 10**9])

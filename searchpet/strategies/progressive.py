@@ -2,23 +2,25 @@
 
 A unit's importance is Fisher's information of its gate, F = E_rows[(dL_row/dz)^2], smoothed over
 steps: half of it is, to second order and at a minimum, the loss that closing the gate costs (Theis
-et al. 2018, Fisher pruning, arXiv:1801.05787).  Gates are given per row, all alike, so
-that one pass has every row's slope beside the gradients of the deltas; |dL/dz| of the batch, the
-usual estimate, vanishes where the deltas have learned their own size.
+et al. 2018, Fisher pruning, arXiv:1801.05787).  Gates are given per row, all alike, so that one
+pass has every row's slope beside the gradients of the deltas; |dL/dz| of the batch, the usual
+estimate, vanishes where the deltas have learned their own size.
 
 - The budget falls from everything to its value on a cubic schedule (Zhu and Gupta 2017,
   arXiv:1710.01878), in `rounds` rounds; each keeps the units of the greatest summed importance.
 - A closed gate still has a slope, at what its delta had learned when it was closed; a unit whose
   slope grows, because others went, comes back.
-- Batches come from both halves of the data in turn, and a half keeps an importance of its own; the
-  mean of both counts (after BIPEFT, Zhang et al. 2024, arXiv:2410.09079, where gates that both
-  levels rank alike are decided first).  Nothing is held out.
+- Batches come from both halves of the data in turn, and each half keeps an importance of its own;
+  the mean of both counts, as in BIPEFT (Chang et al. 2024, arXiv:2410.09079), which weighs them by
+  how far their gradients agree.  Nothing is held out.
 
 One pass a step.  A search of --steps steps ends with the deltas of the kept units trained, and
 `--inherit` starts from them.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -59,7 +61,7 @@ def search(
     crowd: float | None = None
     for step in loop:
         if crowd is None:
-            crowd = max(problem.crowd, min(1.0, (problem.limit / spent(problem, on)) ** 0.5))
+            crowd = problem.crowd ** crowded(problem, on)
         for group, rate in zip(learn.param_groups, rates, strict=True):
             group["lr"] = rate * (crowd if group["kind"] != "head" else 1.0)
         half, used = step % 2, on.double()
@@ -83,9 +85,11 @@ def sizes(problem: Problem, warmup: float, until: float, rounds: int) -> dict[in
     return found
 
 
-def spent(problem: Problem, on: Tensor) -> int:
-    """Parameters of the units that are on, at least 1."""
-    return max(1, problem.limits.parameters(on))
+def crowded(problem: Problem, on: Tensor) -> float:
+    """How far what is on is above the limit: 0 at most that, 1 everything; in between by ratio."""
+    above = problem.limits.parameters(on) / max(1, problem.limit)
+    most = problem.space.total / max(1, problem.limit)
+    return min(1.0, math.log(above) / math.log(most)) if above > 1 else 0.0
 
 
 def learned(problem: Problem, batch: Batch, on: Tensor, learn: torch.optim.Optimizer,
