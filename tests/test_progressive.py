@@ -15,9 +15,10 @@ from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.pruning import Prune, keep_of
 from searchpet.run import RunFolder
+from searchpet.slopes import information
 from searchpet.space import Space
-from searchpet.strategies import Problem, Ranking
-from searchpet.strategies.progressive import crowded, learned, search, sizes
+from searchpet.strategies import Learner, Problem, Ranking
+from searchpet.strategies.progressive import crowded, search, sizes
 from tests.laws import families as tiny
 from tests.laws.problems import Cut, problem
 
@@ -61,30 +62,40 @@ def test_what_is_on_falls_to_the_budget_on_a_cubic_schedule() -> None:
     assert torch.equal(ranking.keep, on[-1])
 
 
-def test_a_step_learns_from_the_batch_and_scores_every_row() -> None:
-    given, again = asked(), asked()
-    given.net.model.eval(), again.net.model.eval()
-    batch, on = given.train[0], torch.ones(len(given.space), dtype=torch.bool)
-    for of in (given, again):  # away from the silent start, where no gate has a slope
-        away = torch.optim.AdamW(of.net.trained, lr=0.1)
-        for _ in range(3):
-            learned(of, batch, on, away)
+def test_information_is_the_mean_square_of_the_slopes_of_single_rows() -> None:
+    given = asked()
+    net, batch = given.net, given.train[0]
+    net.model.eval()
+    on, learn = torch.ones(len(given.space), dtype=torch.bool), Learner(given)
+    for _ in range(3):  # away from the silent start, where no gate has a slope
+        learn.follow(information(net, given.loss, batch, on, learn.weights)[2])
     on[::3] = False
-    loss, square = learned(given, batch, on, torch.optim.SGD(given.net.trained, lr=0.1))
-    rows, slopes = len(batch["labels"]), []
-    for row in range(rows):
-        again.net.z = z = on.float().requires_grad_()
-        own = again.loss({name: value[row : row + 1] for name, value in batch.items()})
+    loss, square, found = information(net, given.loss, batch, on, learn.weights)
+    slopes = []
+    for row in range(len(batch["labels"])):
+        net.z = z = on.float().requires_grad_()
+        own = given.loss({name: value[row : row + 1] for name, value in batch.items()})
         slopes.append(torch.autograd.grad(own, z)[0])
     wanted = torch.stack(slopes).double().square().mean(0)
     torch.testing.assert_close(square, wanted, rtol=1e-3, atol=1e-6 * float(wanted.max()))
     assert bool((square[on] > 0).any()) and bool((square[~on] > 0).any())
-    again.net.z = on.float()
-    total = again.loss(batch)
+    net.z = on.float()
+    total = given.loss(batch)
     torch.testing.assert_close(loss, total.detach())
-    change = torch.autograd.grad(total, again.net.trained, materialize_grads=True)
-    for mine, other, slope in zip(given.net.trained, again.net.trained, change, strict=True):
-        torch.testing.assert_close(mine, other - 0.1 * slope, rtol=1e-4, atol=1e-6)
+    plain = torch.autograd.grad(total, learn.weights, materialize_grads=True)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
+
+
+def test_a_learner_slows_the_deltas_and_not_the_head() -> None:
+    given = asked()
+    learn = Learner(given)
+    rates = [g["lr"] for g in learn.param_groups]
+    for factor in (0.1, 0.5):  # of the rates that it began with
+        learn.crowd(factor)
+        for group, rate in zip(learn.param_groups, rates, strict=True):
+            assert group["lr"] == rate * (1.0 if group["kind"] == "head" else factor)
+    assert {id(p) for p in learn.weights} == {id(p) for p in given.net.trained}
 
 
 def test_a_closed_unit_can_come_back() -> None:

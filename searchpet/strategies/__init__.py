@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from searchpet import processes
+from searchpet.calibrate import HEAD
 from searchpet.errors import InputError
 from searchpet.gates import decided, entropy
 from searchpet.limits import Keep, Limits
@@ -192,6 +193,29 @@ class Ranking:
     keep: Tensor
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     notes: dict[str, Any] = field(default_factory=dict)
+
+
+class Learner(torch.optim.AdamW):
+    """AdamW on the deltas and the head of a problem's supernet, at the problem's rates.
+
+    weights: what it trains, in order.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.net.groups(problem.rates), weight_decay=0.0)
+        self.weights: list[Tensor] = [p for g in self.param_groups for p in g["params"]]
+        self._whole = [group["lr"] for group in self.param_groups]
+
+    def crowd(self, factor: float) -> None:
+        """From now on deltas move at their rates times a factor; the head keeps its own."""
+        for group, rate in zip(self.param_groups, self._whole, strict=True):
+            group["lr"] = rate * (factor if group["kind"] != HEAD else 1.0)
+
+    def follow(self, gradients: Sequence[Tensor]) -> None:
+        """A step along gradients, one for each of `weights`."""
+        for weight, gradient in zip(self.weights, gradients, strict=True):
+            weight.grad = gradient
+        self.step()
 
 
 def law(name: str, value: float, holds: bool, wanted: str) -> None:

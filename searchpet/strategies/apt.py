@@ -16,7 +16,7 @@ import torch
 
 from searchpet.allocate import SCHEDULES
 from searchpet.settle import compare
-from searchpet.strategies import Problem, Ranking, law
+from searchpet.strategies import Learner, Problem, Ranking, law
 
 TRAINS = True
 
@@ -37,17 +37,14 @@ def search(
     law("apt.rounds", rounds, rounds >= 1, "at least 1")
     law("apt.begin", begin, 0 <= begin <= end <= 1, "a share of the steps, at most apt.end")
     net, limits, device = problem.net, problem.limits, problem.net.home
-    groups = net.groups(problem.rates)
-    for group in groups:
-        group["lr"] *= 1.0 if group["kind"] == "head" else problem.crowd
-    weights = [p for group in groups for p in group["params"]]
-    learn = torch.optim.AdamW(groups, weight_decay=0.0)
+    learn = Learner(problem)
+    learn.crowd(problem.crowd)
     salience = torch.zeros(len(problem.space), dtype=torch.float64, device=device)
     keep = torch.ones(len(problem.space), dtype=torch.float64, device=device)
     start, stop = round(begin * problem.steps), round(end * problem.steps)
     every = max(1, (stop - start) // rounds)
     loop = problem.loop(
-        problem.steps, salience=salience, keep=keep, weights=weights, learn=learn)
+        problem.steps, salience=salience, keep=keep, weights=learn.weights, learn=learn)
     for step in loop:
         if start <= step <= stop and ((step - start) % every == 0 or step == stop):
             # the schedule's kept share runs from 1 to 0, so it is how far the limit is eased
@@ -56,10 +53,8 @@ def search(
             keep.copy_(torch.where(problem.space.prunes, kept, True))
         net.z = keep.float().requires_grad_()
         loss = problem.spread(problem.train[step])
-        slope, *found = torch.autograd.grad(loss, [net.z, *weights], materialize_grads=True)
-        for weight, gradient in zip(weights, found, strict=True):
-            weight.grad = gradient
-        learn.step()
+        slope, *found = torch.autograd.grad(loss, [net.z, *learn.weights], materialize_grads=True)
+        learn.follow(found)
         salience.lerp_((slope * net.z).abs().double(), 1 - smooth)
         loop.report(loss=loss.detach(), **problem.gauge(step, keep, limits.price(keep)))
     score = compare(limits, salience.cpu(), "per_cost")

@@ -28,7 +28,7 @@ from torch import Tensor
 from searchpet import processes
 from searchpet.gates import concrete, straight_through
 from searchpet.settle import compare
-from searchpet.strategies import Batch, Phases, Problem, Ranking, descend, law
+from searchpet.strategies import Batch, Learner, Phases, Problem, Ranking, descend, law
 
 TRAINS = True
 BATCHES = 8  # for the scores that prune units start from
@@ -60,10 +60,8 @@ def search(
     law("bilevel.levels", levels, levels in (1, 2), "1 or 2")
     net, limits, device = problem.net, problem.limits, problem.net.home
     alpha = torch.zeros(len(problem.space), device=device, requires_grad=True)
-    weights = [p for group in net.groups(problem.rates) for p in group["params"]]
-    learn = torch.optim.AdamW(net.groups(problem.rates), weight_decay=0.0)
+    learn = Learner(problem)
     choose = torch.optim.Adam([alpha], lr=alpha_lr)
-    rates = [group["lr"] for group in learn.param_groups]
     phases = Phases(problem.steps, warmup, cold, ramp, hard)
     prunes = problem.space.prunes.to(device)
     apart = rows and not bool(prunes.any())
@@ -83,11 +81,10 @@ def search(
         return loss
 
     loop = problem.loop(
-        problem.steps, alpha=alpha, weights=weights, learn=learn, choose=choose)
+        problem.steps, alpha=alpha, weights=learn.weights, learn=learn, choose=choose)
     for step in loop:
         warm, train, valid = phases.warm(step), problem.train[step], problem.valid[step]
-        for group, rate in zip(learn.param_groups, rates, strict=True):
-            group["lr"] = rate * (problem.crowd if warm and group["kind"] != "head" else 1.0)
+        learn.crowd(problem.crowd if warm else 1.0)
         if phases.starts(step):
             alpha.data += prior * _start(problem).to(device)
         p = limits.shift(alpha, ease=phases.ease(step))

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from searchpet.gates import hard_concrete, opening
-from searchpet.strategies import Phases, Problem, Ranking, law
+from searchpet.strategies import Learner, Phases, Problem, Ranking, law
 
 TRAINS = True
 
@@ -51,29 +51,25 @@ def search(
         law(f"lagrangian.{name}", share, 0 <= share <= 1, "a share of the steps in [0, 1]")
     net, limits = problem.net, problem.limits
     s = torch.full((len(problem.space),), start, device=net.home, requires_grad=True)
-    learn = torch.optim.AdamW(net.groups(problem.rates), weight_decay=0.0)
-    weights = [p for group in learn.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in learn.param_groups]
+    learn = Learner(problem)
     choose = torch.optim.Adam([s], lr=alpha_lr)
     rule = Rule(problem, torch.zeros(2, 2, dtype=torch.float64, device=net.home))
     phases = Phases(problem.steps, warmup, 1.0, ramp)
     loop = problem.loop(
-        problem.steps, s=s, weights=weights, learn=learn, choose=choose, dual=rule.dual)
+        problem.steps, s=s, weights=learn.weights, learn=learn, choose=choose, dual=rule.dual)
     for step in loop:
         warm = phases.warm(step)
         p = rule.open(s)
         gaps = rule.gaps(p, phases.ease(step))
-        for group, rate in zip(learn.param_groups, rates, strict=True):
-            group["lr"] = rate * (rule.crowd(p, warm) if group["kind"] != "head" else 1.0)
+        learn.crowd(rule.crowd(p, warm))
         net.z = torch.ones(len(s)) if warm else rule.hold(hard_concrete(s, problem.generator))
         loss = problem.spread((problem.train, problem.valid)[step % 2][step // 2])
-        wanted = weights if warm else [*weights, s]
-        found = torch.autograd.grad(loss if warm else loss + rule.penalty(gaps), wanted,
-                                    materialize_grads=True)
-        for weight, gradient in zip(wanted, found, strict=True):
-            weight.grad = gradient
-        learn.step()
+        found = torch.autograd.grad(
+            loss if warm else loss + rule.penalty(gaps),
+            [*learn.weights, *([] if warm else [s])], materialize_grads=True)
+        learn.follow(found[: len(learn.weights)])
         if not warm:
+            s.grad = found[-1]
             choose.step()
             rule.climb(gaps.detach(), dual_lr)
         shown = rule.open(s.detach())

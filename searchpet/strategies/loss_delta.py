@@ -32,7 +32,7 @@ from searchpet.errors import InputError, unknown
 from searchpet.importance import names
 from searchpet.limits import Limits
 from searchpet.probe import evaluating
-from searchpet.strategies import Problem, Ranking, descend, law
+from searchpet.strategies import Learner, Problem, Ranking, descend, law
 
 TRAINS = True
 PRUNES = True  # needs masks and a limit on what they leave
@@ -148,12 +148,10 @@ class _Trials:
         order = torch.zeros(len(problem.space), dtype=torch.float64)
         count = len(groups_of(problem.limits, order, pieces))
         self.losses = torch.zeros((1 + rounds) * (1 + count) + 1, dtype=torch.float64)
-        groups = problem.net.groups(problem.rates)
-        for group in groups:
-            group["lr"] *= 1.0 if group["kind"] == "head" else problem.crowd
-        self.weights = [p for group in groups for p in group["params"]]
+        learn = Learner(problem)
+        learn.crowd(problem.crowd)
+        self.weights = learn.weights
         self.fresh = [p.detach().clone() for p in self.weights]
-        learn = torch.optim.AdamW(groups, weight_decay=0.0)
         self.loop = problem.loop(train + len(self.losses), weights=self.weights, learn=learn,
                                  order=order, losses=self.losses)
         self.steps, self.first = iter(self.loop), train

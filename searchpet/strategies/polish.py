@@ -24,11 +24,10 @@ from torch import Tensor
 
 from searchpet import catalog
 from searchpet.budget import fill
-from searchpet.calibrate import HEAD
 from searchpet.errors import InputError
 from searchpet.slopes import information
 from searchpet.stats import evaluating
-from searchpet.strategies import Loop, Problem, Ranking, descend, law
+from searchpet.strategies import Learner, Loop, Problem, Ranking, descend, law
 
 PET_ALONE = True
 TRAINS = True
@@ -133,25 +132,19 @@ class Bench:
         gates = (on | ~problem.space.prunes).to(problem.net.home)
         worth = torch.zeros(len(on), dtype=torch.float64, device=problem.net.home)
         learn, loop = self.stage(steps, problem.crowd, worth=worth)
-        weights = [p for group in learn.param_groups for p in group["params"]]
         for step in loop:
             loss, square, found = information(
-                problem.net, problem.spread, problem.train[at + step], gates, weights)
-            for weight, gradient in zip(weights, found, strict=True):
-                weight.grad = gradient
-            learn.step()
+                problem.net, problem.spread, problem.train[at + step], gates, learn.weights)
+            learn.follow(found)
             worth.lerp_(square, 2 / (step + 2))  # later steps count more
             loop.report(loss=loss)
         return worth.cpu()
 
-    def stage(self, steps: int, crowd: float, **more: Tensor,
-              ) -> tuple[torch.optim.Optimizer, Loop]:
+    def stage(self, steps: int, crowd: float, **more: Tensor) -> tuple[Learner, Loop]:
         """An optimizer with deltas slowed down by `crowd`, and the loop of a training."""
-        learn = torch.optim.AdamW(self.problem.net.groups(self.problem.rates), weight_decay=0.0)
-        for group in learn.param_groups:
-            group["lr"] *= crowd if group["kind"] != HEAD else 1.0
-        weights = [p for group in learn.param_groups for p in group["params"]]
-        return learn, self.problem.loop(steps, weights=weights, learn=learn, **more)
+        learn = Learner(self.problem)
+        learn.crowd(crowd)
+        return learn, self.problem.loop(steps, weights=learn.weights, learn=learn, **more)
 
     def exchange(self, on: Tensor, worth: Tensor, swap: float) -> Tensor:
         """The structure with its least units, up to a share of the budget, exchanged."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from searchpet.slopes import information
-from searchpet.strategies import Batch, Problem, Ranking, law
+from searchpet.strategies import Learner, Problem, Ranking, law
 
 PET_ALONE = True
 TRAINS = True
@@ -49,28 +49,26 @@ def search(
     law("progressive.rounds", rounds, rounds >= 1, "at least 1")
     law("progressive.smooth", smooth, 0 <= smooth < 1, "in [0, 1)")
     net, limits, steps = problem.net, problem.limits, problem.steps
-    learn = torch.optim.AdamW(net.groups(problem.rates), weight_decay=0.0)
-    weights = [p for group in learn.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in learn.param_groups]
+    learn = Learner(problem)
     size = sizes(problem, warmup, until, rounds)
     importance = torch.zeros(2, len(problem.space), dtype=torch.float64, device=net.home)
     on = limits.at(problem.space.total).fill(importance[0]).to(net.home)
     score = importance[0].clone()  # what `on` was chosen by
-    loop = problem.loop(steps, importance=importance, on=on, score=score, weights=weights,
+    loop = problem.loop(steps, importance=importance, on=on, score=score, weights=learn.weights,
                         learn=learn)
-    crowd: float | None = None
+    changed = True
     for step in loop:
-        if crowd is None:
-            crowd = problem.crowd ** crowded(problem, on)
-        for group, rate in zip(learn.param_groups, rates, strict=True):
-            group["lr"] = rate * (crowd if group["kind"] != "head" else 1.0)
+        if changed:
+            learn.crowd(problem.crowd ** crowded(problem, on))
         half, used = step % 2, on.double()
-        loss, square = learned(problem, (problem.train, problem.valid)[half][step // 2], on, learn)
+        batch = (problem.train, problem.valid)[half][step // 2]
+        loss, square, found = information(problem.net, problem.spread, batch, on, learn.weights)
+        learn.follow(found)
         importance[half].lerp_(square, max(1 - smooth, 1 / (step // 2 + 1)))  # at first the mean
-        if step + 1 in size:
+        changed = step + 1 in size
+        if changed:
             score.copy_(importance.mean(0))
             on.copy_(limits.at(size[step + 1]).fill(score, density=True))
-            crowd = None
         loop.report(loss=loss, **problem.gauge(step, used, limits.price(used)))
     return Ranking(score.cpu(), on.cpu())
 
@@ -90,14 +88,3 @@ def crowded(problem: Problem, on: Tensor) -> float:
     above = problem.limits.parameters(on) / max(1, problem.limit)
     most = problem.space.total / max(1, problem.limit)
     return min(1.0, math.log(above) / math.log(most)) if above > 1 else 0.0
-
-
-def learned(problem: Problem, batch: Batch, on: Tensor, learn: torch.optim.Optimizer,
-            ) -> tuple[Tensor, Tensor]:
-    """A step on a batch -> its loss, and what `information` says of it, (units,) float64."""
-    weights = [p for group in learn.param_groups for p in group["params"]]
-    loss, square, found = information(problem.net, problem.spread, batch, on, weights)
-    for weight, gradient in zip(weights, found, strict=True):
-        weight.grad = gradient
-    learn.step()
-    return loss, square

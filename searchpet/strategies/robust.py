@@ -31,7 +31,7 @@ from searchpet.adversary import adversarial, check, tables
 from searchpet.errors import InputError
 from searchpet.gates import concrete, hard_concrete, location
 from searchpet.processes import average
-from searchpet.strategies import Phases, Problem, Ranking, descend, law
+from searchpet.strategies import Learner, Phases, Problem, Ranking, descend, law
 
 TRAINS = True
 PRUNES = True  # needs masks and a limit on what they leave
@@ -78,9 +78,7 @@ def _learn(problem: Problem, alpha: Tensor, choose: torch.optim.Optimizer, phase
            worst: Callable[[int], Tensor]) -> None:
     """Deltas on the one half; after the warm-up alpha (units,), in place, by worst(step)."""
     net, limits, prunes = problem.net, problem.limits, problem.space.prunes.to(alpha.device)
-    learn = torch.optim.AdamW(net.groups(problem.rates), weight_decay=0.0)
-    weights = [p for group in learn.param_groups for p in group["params"]]
-    rates = [group["lr"] for group in learn.param_groups]
+    learn = Learner(problem)
 
     def gates(p: Tensor, step: int) -> Tensor:
         hard = hard_concrete(location(p), problem.generator)
@@ -88,11 +86,10 @@ def _learn(problem: Problem, alpha: Tensor, choose: torch.optim.Optimizer, phase
         return torch.where(prunes, hard, soft)
 
     loop = problem.loop(
-        problem.steps, alpha=alpha, weights=weights, learn=learn, choose=choose)
+        problem.steps, alpha=alpha, weights=learn.weights, learn=learn, choose=choose)
     for step in loop:
         warm = phases.warm(step)
-        for group, rate in zip(learn.param_groups, rates, strict=True):
-            group["lr"] = rate * (problem.crowd if warm and group["kind"] != "head" else 1.0)
+        learn.crowd(problem.crowd if warm else 1.0)
         figures = {}
         net.z = torch.ones(len(alpha), device=alpha.device)
         if not warm:

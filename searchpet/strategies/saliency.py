@@ -25,11 +25,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from searchpet.calibrate import HEAD
 from searchpet.errors import unknown
 from searchpet.slopes import energy, worth
 from searchpet.stats import evaluating
-from searchpet.strategies import Problem, Ranking, descend, law
+from searchpet.strategies import Learner, Problem, Ranking, descend, law
 
 PET_ALONE = True  # prunes nothing; `prune_first` with pet=saliency does
 BY = ("agreement", "energy", "both")
@@ -75,14 +74,11 @@ def opened(problem: Problem) -> Tensor:
 
 def learn(problem: Problem, steps: int) -> None:
     """Train all deltas and the head, at rates that suit so many."""
-    net = problem.net
-    optimizer = torch.optim.AdamW(net.groups(problem.rates), weight_decay=0.0)
-    for group in optimizer.param_groups:
-        group["lr"] *= problem.crowd if group["kind"] != HEAD else 1.0
-    weights = [p for group in optimizer.param_groups for p in group["params"]]
-    loop = problem.loop(steps, weights=weights, learn=optimizer)
+    optimizer = Learner(problem)
+    optimizer.crowd(problem.crowd)
+    loop = problem.loop(steps, weights=optimizer.weights, learn=optimizer)
     for step in loop:
-        net.z = opened(problem)
+        problem.net.z = opened(problem)
         loop.report(loss=descend(problem, problem.train[step], optimizer))
 
 
