@@ -112,7 +112,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, seed: int, results: Ledger) -> None:
         self.args, self.seed, self.results = args, seed, results
-        self.home = args.out / f"seed-{seed}"
+        self.home = args.out / "work" / f"seed-{seed}"
         self.common: dict[str, Any] = {
             "task": args.task, "data": args.data, "model": args.model, "steps": args.steps,
             "batch_size": args.batch_size, "tau": args.tau, "seed": seed, "device": "cpu"}
@@ -228,10 +228,10 @@ def main() -> None:
     parser.add_argument("--budget", default="1%")
     parser.add_argument("--keep-flops", default="60%")
     parser.add_argument("--split", default="test", choices=("test", "validation"))
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "work" / "operators")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "operators")
     args = parser.parse_args()
     asked = {key: value for key, value in vars(args).items() if key not in ("out", "seeds")}
-    RunFolder(args.out).start(asked, resume=True)
+    RunFolder(args.out / "work").start(asked, resume=True)
     results = Ledger(args.out / "results.jsonl", ("seed", "name"))
     for seed in args.seeds:
         Bench(args, seed, results).run()
