@@ -7,32 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
-from searchpet.discover import discover
 from searchpet.errors import InputError
-from searchpet.pruning import Prune, keep_of
-from searchpet.run import RunFolder
-from searchpet.space import Space
 from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.bilevel import search
 from tests.laws import families as tiny
-from tests.laws.problems import Cut, problem
+from tests.laws.problems import Cut, classified
 
 MASKED = [tiny.rule("lora", "atom", {"rank": 2}), *tiny.every_mask(neurons={"most": 6})]
 
 
 def asked(*, steps: int = 10, share: str = "", folder: Path | None = None) -> Problem:
-    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).train()
-    space = Space("test", discover(model), MASKED if share else tiny.every_kind())
-    given = problem(model, space, 300, steps=steps, every=0.0,
-                    folder=RunFolder(folder) if folder else None)
+    given = classified(MASKED if share else tiny.every_kind(), 300, steps=steps, share=share,
+                       folder=folder)
     if share:
-        given.keep = keep_of(Prune("flops", share), model, space)
-        given.importance = lambda name, batches: torch.arange(len(space)).double()
+        given.importance = lambda name, batches: torch.arange(len(given.space)).double()
     return given
 
 

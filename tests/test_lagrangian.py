@@ -7,33 +7,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-from searchpet.discover import discover
 from searchpet.errors import InputError
-from searchpet.pruning import Prune, keep_of
-from searchpet.run import RunFolder
-from searchpet.space import Space
 from searchpet.strategies import Problem
 from searchpet.strategies.lagrangian import Rule, search
 from tests.laws import families as tiny
-from tests.laws.problems import problem
+from tests.laws.problems import classified
 
 MASKED = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("bias", "channel"),
           *tiny.every_mask(neurons={"most": 6, "multiple": 2})]
 
 
 def asked(limit: int, *, steps: int, share: str = "", folder: Path | None = None) -> Problem:
-    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).train()
     rules = MASKED if share else tiny.every_kind()
-    space = Space("test", discover(model), rules)
-    given = problem(model, space, limit, steps=steps, every=0.0,
-                    folder=RunFolder(folder) if folder else None)
-    if share:
-        given.keep = keep_of(Prune("flops", share), model, space)
-    return given
+    return classified(rules, limit, steps=steps, share=share, folder=folder)
 
 
 @pytest.mark.parametrize("limit", [30, 300])

@@ -6,29 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from torch import Tensor
 
 from searchpet import searched
-from searchpet.discover import discover
 from searchpet.errors import InputError
-from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.spec import BackboneId, BudgetUse, Spec
 from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.polish import Bench, begin, search
 from tests.laws import families as tiny
-from tests.laws.problems import Cut, problem
+from tests.laws.problems import Cut, classified
 
 
 def asked(limit: int = 300, *, steps: int = 20, keep: Tensor | None = None,
           folder: Path | None = None) -> Problem:
-    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).train()
-    space = Space("test", discover(model), tiny.every_kind())
-    given = problem(model, space, limit, steps=steps, every=0.0,
-                    folder=RunFolder(folder) if folder else None)
+    given = classified(tiny.every_kind(), limit, steps=steps, folder=folder)
     if keep is not None:
         given.units_of = lambda name: keep
     return given

@@ -14,11 +14,10 @@ from searchpet.adversary import adversarial
 from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.pruning import Prune, keep_of
-from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.strategies import Problem, Ranking
 from tests.laws import families as tiny
-from tests.laws.problems import Cut, Draws, problem
+from tests.laws.problems import Cut, Draws, classified, problem
 
 WORDS = 20
 SIZES = {"size": 0.02, "start": 0.01}
@@ -282,15 +281,7 @@ RULES = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("bias", "channel"),
 
 
 def asked(share: str, limit: int, folder: Path | None = None, steps: int = 6) -> Problem:
-    """A problem with dropout, so that randomness is resumed as well."""
-    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).train()
-    space = Space("test", discover(model), RULES)
-    given = problem(model, space, limit, steps=steps, every=0.0,
-                    folder=RunFolder(folder) if folder else None)
-    given.keep = keep_of(Prune("flops", share), model, space)
-    return given
+    return classified(RULES, limit, steps=steps, share=share, folder=folder)
 
 
 @pytest.mark.parametrize(("share", "limit"), [("40%", 30), ("70%", 1000)])

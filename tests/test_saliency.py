@@ -7,27 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 
-from searchpet.discover import discover
 from searchpet.errors import InputError
-from searchpet.run import RunFolder
 from searchpet.slopes import energy, worth
-from searchpet.space import Space
 from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.saliency import opened, ranks, search
 from tests.laws import families as tiny
-from tests.laws.problems import Cut, problem
+from tests.laws.problems import Cut, classified
 
 
 def asked(*, steps: int = 10, folder: Path | None = None) -> Problem:
-    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).train()
     rules = [tiny.rule("lora", "atom", {"rank": 2}), tiny.rule("bias", "channel")]
-    space = Space("test", discover(model), rules)
-    return problem(model, space, 200, steps=steps, every=0.0,
-                   folder=RunFolder(folder) if folder else None)
+    return classified(rules, 200, steps=steps, folder=folder)
 
 
 def test_the_energy_of_a_channel_is_its_squared_gradient_in_steps_of_its_kind() -> None:

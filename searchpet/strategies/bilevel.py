@@ -83,19 +83,20 @@ def search(
     loop = problem.loop(
         problem.steps, alpha=alpha, weights=learn.weights, learn=learn, choose=choose)
     for step in loop:
-        warm, train, valid = phases.warm(step), problem.train[step], problem.valid[step]
+        warm = phases.warm(step)
         learn.crowd(problem.crowd if warm else 1.0)
         if phases.starts(step):
             alpha.data += prior * _start(problem).to(device)
         p = limits.shift(alpha, ease=phases.ease(step))
         if warm:
             net.z = torch.ones(len(alpha), device=device)
-            loss = descend(problem, train, learn)
+            loss = descend(problem, problem.train[step], learn)
         elif levels == 1:
-            both = valid if step % 2 else train
+            both = (problem.train, problem.valid)[step % 2][step]
             net.z = gates(step, p, both)
             loss = choosing(both, learn)
         else:
+            valid, train = problem.valid[step], problem.train[step]
             net.z = gates(step, p, valid)
             choosing(valid)
             with torch.no_grad():

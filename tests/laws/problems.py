@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 
 from searchpet.calibrate import probe, rates
+from searchpet.discover import discover
+from searchpet.pruning import Prune, keep_of
 from searchpet.run import RunFolder, StageLoop
 from searchpet.space import Space
 from searchpet.strategies import Problem
@@ -75,3 +79,17 @@ def problem(model: nn.Module, space: Space, limit: int, *, steps: int = 4, seed:
     model.train(training)
     return Problem(net=net, space=space, limit=limit, train=train, valid=valid, loss=loss,
                    rates=found, steps=steps, loop=loop, generator=generator)
+
+
+def classified(rules: Sequence[Any], limit: int, *, steps: int, share: str = "",
+               folder: Path | None = None) -> Problem:
+    """A problem with dropout, which saves every step; share: of the FLOPs, where it prunes."""
+    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
+    torch.manual_seed(0)
+    model = transformers.BertForSequenceClassification(config).train()
+    space = Space("test", discover(model), rules)
+    given = problem(model, space, limit, steps=steps, every=0.0,
+                    folder=RunFolder(folder) if folder else None)
+    if share:
+        given.keep = keep_of(Prune("flops", share), model, space)
+    return given
