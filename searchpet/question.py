@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from optuna.study import Study
+from optuna.trial import Trial
 
 from searchpet.ask import Ask
 from searchpet.errors import InputError
@@ -19,7 +20,7 @@ from searchpet.propose import version
 from searchpet.pruning import Prune
 from searchpet.settings import Settings, asked
 from searchpet.study import OURS, pruner, sampler
-from searchpet.tunefile import DEFAULT, TuneFile
+from searchpet.tunefile import DEFAULT, Knob, TuneFile
 
 FACTOR, RUNGS, LEAST = 4, 3, 20  # between two rungs; rungs at most; steps of the first at least
 DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([smh]?)")
@@ -52,6 +53,24 @@ class Question:
     def prunes(self) -> bool:
         """Whether trials are compared before their end: Optuna can do so by one metric."""
         return len(self.metrics) == 1 and self.pruner != "none"
+
+    def suggest(self, trial: Trial) -> dict[str, Any]:
+        """A value for every knob that counts, in the order of the file."""
+        values: dict[str, Any] = {}
+        for knob in self.space.knob:
+            if knob.counts(values):
+                values[knob.name] = _suggested(trial, knob)
+        return values
+
+
+def _suggested(trial: Trial, knob: Knob) -> Any:
+    if knob.choices:
+        return trial.suggest_categorical(knob.name, knob.choices)
+    assert knob.low is not None  # a knob has choices, or both ends
+    assert knob.high is not None
+    if knob.whole:
+        return trial.suggest_int(knob.name, int(knob.low), int(knob.high), log=knob.log)
+    return trial.suggest_float(knob.name, knob.low, knob.high, log=knob.log)
 
 
 def about(question: Question) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from searchpet import once
 from searchpet.ask import Ask
 from searchpet.discover import discover
 from searchpet.errors import InputError
+from searchpet.interrupts import Held
 from searchpet.knobs import Values, ask_of, settings_of
 from searchpet.ledger import claim
 from searchpet.measures import measures
@@ -49,7 +50,6 @@ from searchpet.site import Site
 from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import Spec
 from searchpet.study import pruner, sampler
-from searchpet.tunefile import Knob, TuneFile
 
 REUSED = "reused"  # trial attribute: the trial whose last score was taken over; or None
 RUN = "run"  # trial attribute: the folder of its last rung, in the study's folder
@@ -74,6 +74,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._began, self._first = time.time(), standing(self.study).finished
+        self._held = Held()  # Ctrl-C waits while a trial is begun, ended or given back
 
     @cached_property
     def _base(self) -> SpaceFile:
@@ -86,20 +87,25 @@ class Worker:
 
     def work(self) -> None:
         """Take trials until there are enough, and none is left behind by a worker that died."""
-        take_back(self.study)
-        while any(map(unclaimed, trials_of(self.study))):  # what died so comes before what is new
-            time.sleep(PAUSE / 4)
+        with self._held:
             take_back(self.study)
-        while time.time() < self.deadline:
-            trials = trials_of(self.study)  # asked for once: it is what a trial costs most
-            now = standing(trials)
-            if now.waiting or now.fresh < self.question.trials:
-                self._next(trials, now)
-            elif now.running:
-                time.sleep(PAUSE)
-                take_back(self.study)
-            else:
-                return
+            while any(map(unclaimed, trials_of(self.study))):  # the dead come before what is new
+                self._wait(PAUSE / 4)
+            while time.time() < self.deadline:
+                trials = trials_of(self.study)  # asked for once: it is what a trial costs most
+                now = standing(trials)
+                if now.waiting or now.fresh < self.question.trials:
+                    self._next(trials, now)
+                elif now.running:
+                    self._wait(PAUSE)
+                else:
+                    return
+
+    def _wait(self, seconds: float) -> None:
+        """For the trials of others."""
+        with self._held.through():
+            time.sleep(seconds)
+        take_back(self.study)
 
     def _next(self, trials: Sequence[FrozenTrial], now: Standing) -> None:
         """Run one trial.  What it samples depends on its place and on what is finished, so that
@@ -149,9 +155,10 @@ class Worker:
         frozen = self.begin(trial)
         began = time.monotonic()
         try:
-            values = suggest(trial, self.question.space)
+            values = self.question.suggest(trial)
             trial.set_user_attr(VERSION, version())
-            found = self._reuse(trial) or self._tried(trial, frozen, values)
+            with self._held.through():
+                found = self._reuse(trial) or self._tried(trial, frozen, values)
         except optuna.TrialPruned as pruned:
             self._tell(trial, f"pruned: {pruned}", began)
             raise
@@ -260,25 +267,6 @@ class Worker:
     def _known(self, key: str) -> FrozenTrial | None:
         """The first trial that has trained this structure in this way."""
         return next((t for t in trials_of(self.study) if key in t.user_attrs), None)
-
-
-def suggest(trial: Trial, space: TuneFile) -> dict[str, Any]:
-    """A value for every knob that counts, in the order of the file."""
-    values: dict[str, Any] = {}
-    for knob in space.knob:
-        if knob.counts(values):
-            values[knob.name] = _suggested(trial, knob)
-    return values
-
-
-def _suggested(trial: Trial, knob: Knob) -> Any:
-    if knob.choices:
-        return trial.suggest_categorical(knob.name, knob.choices)
-    assert knob.low is not None  # a knob has choices, or both ends
-    assert knob.high is not None
-    if knob.whole:
-        return trial.suggest_int(knob.name, int(knob.low), int(knob.high), log=knob.log)
-    return trial.suggest_float(knob.name, knob.low, knob.high, log=knob.log)
 
 
 def _frozen(study: Study, number: int) -> FrozenTrial:

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -333,6 +334,45 @@ def test_ctrl_c_gives_the_running_trial_back(place: Path) -> None:
     assert now.running == 0
     assert cli.main([*QUICK, "--trials", "6", "--out", "stopped", "--resume", "-q"]) == 0
     assert standing(join("sqlite:///stopped/study.db", None)).finished == 6
+
+
+@pytest.mark.parametrize("where", [
+    "optuna.study.Study.ask", "optuna.study._optimize._tell_with_warning",
+    "optuna.storages._heartbeat.HeartbeatThread.start", "searchpet.worker.admit",
+    "searchpet.worker.again"])
+def test_ctrl_c_between_two_trials_loses_none(
+    where: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """While Optuna writes down that a trial begins or ends, or we that it is to be repeated."""
+    out, before = where.rpartition(".")[2], resolve_name(where)
+    strikes = iter([False, True])
+
+    def struck(*args: Any, **kwargs: Any) -> Any:
+        found = before(*args, **kwargs)
+        if next(strikes, False):
+            signal.raise_signal(signal.SIGINT)
+        return found
+
+    words = [*QUICK, "--trials", "4", "--out", out, "-q"]
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, struck)
+            if out == "again":  # of a trial that is cut off
+                strikes = iter([True])
+                patch.setattr("searchpet.worker.once.train", interrupt)
+            assert cli.main(words) == 130
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert "to continue: searchpet tune" in capsys.readouterr().err
+    assert standing(join(f"sqlite:///{out}/study.db", None)).running == 0
+    assert cli.main([*words, "--resume"]) == 0
+    now = standing(join(f"sqlite:///{out}/study.db", None))
+    assert (now.finished, now.fresh, now.failed) == (4, 4, 0)
+
+
+def interrupt(*_: Any) -> Any:
+    raise KeyboardInterrupt
 
 
 def test_a_study_whose_time_is_over_says_so_and_goes_on(
