@@ -25,6 +25,7 @@ from searchpet.commands import (
     tune,
 )
 from searchpet.failures import continuation, explain
+from searchpet.interrupts import polite
 
 WRONG = 2  # exit code of wrong input
 BROKEN = 1  # exit code of a bug that another process tells of
@@ -54,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in words
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
-    with warnings.catch_warnings(), _threads(debug):
+    with warnings.catch_warnings(), _threads(debug), polite():
         if not debug:
             warnings.simplefilter("ignore")
         try:

@@ -62,3 +62,20 @@ class Held:
     def _strike(self, frame: FrameType | None) -> None:
         self._waiting = None
         self._before(signal.SIGINT, frame)
+
+
+@contextmanager
+def polite() -> Iterator[None]:
+    """A polite kill (SIGTERM), as schedulers send it, is a Ctrl-C, even where that is ignored."""
+    def hear(number: int, frame: FrameType | None) -> None:
+        told = signal.getsignal(signal.SIGINT)
+        (told if callable(told) else signal.default_int_handler)(signal.SIGINT, frame)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

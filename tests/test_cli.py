@@ -429,7 +429,7 @@ def test_a_bug_is_no_input_error() -> None:
 
 
 def test_a_cut_off_run_continues_to_the_same_end(home: Path, say: Any) -> None:
-    """kill -9 in the search, Ctrl-C later in it, kill -9 in the training; then it finishes."""
+    """kill -9 in the search, Ctrl-C later in it, both kills in the training; then it finishes."""
     words = ["search", *JOB, "--controls", "1", "--test", "--quiet"]
     assert say(*words, "--out", "whole").code == 0
     killed = cut_off([*words, "--out", "cut"], "SIGKILL search 5", home)
@@ -439,6 +439,8 @@ def test_a_cut_off_run_continues_to_the_same_end(home: Path, say: Any) -> None:
     assert stopped.returncode == 130
     assert stopped.stderr.startswith("interrupted; to continue: searchpet search")
     assert stopped.stderr.count("\n") == 1 and "--resume" in stopped.stderr
+    asked = cut_off([*words, "--out", "cut", "--resume"], "SIGTERM train 3", home)
+    assert asked.returncode == 130 and asked.stderr == stopped.stderr
     killed = cut_off([*words, "--out", "cut", "--resume"], "SIGKILL train 5", home)
     assert killed.returncode == -9 and Path("cut/train.checkpoint.safetensors").is_file()
     wrong(say(*words, "--out", "cut"), "add --resume")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from searchpet import interrupts
-from searchpet.interrupts import Held
+from searchpet.interrupts import Held, polite
 
 
 def strike() -> None:
@@ -130,3 +130,29 @@ def test_a_thread_is_not_concerned() -> None:
     thread.start()
     thread.join()
     assert seen == [signal.default_int_handler]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_polite_kill_is_a_ctrl_c(ignored: bool) -> None:
+    if ignored:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def during(done: list[int]) -> None:
+        with polite():
+            signal.raise_signal(signal.SIGTERM)
+            done.append(1)
+
+    assert struck(during) == []
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_a_polite_kill_waits_as_ctrl_c_does() -> None:
+    def during(done: list[int]) -> None:
+        with polite(), Held() as held:
+            signal.raise_signal(signal.SIGTERM)
+            done.append(1)
+            with held.through():
+                done.append(2)
+
+    assert struck(during) == [1]
