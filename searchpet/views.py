@@ -81,8 +81,11 @@ def swept(found: Mapping[str, Any]) -> str:
 
 def kept(keep: Mapping[str, Any]) -> str:
     """What a structure leaves of the backbone, in a sentence."""
-    return (f"keeps {share(keep['used'] / keep['dense'])} of the blocks' {keep['measure']} "
-            f"({keep['used']:,.0f} of {keep['dense']:,.0f}, at most {keep['text']})")
+    measure, used, dense = keep["measure"], keep["used"], keep["dense"]
+    amounts = (f"{used / 1e6:.1f} of {dense / 1e6:.1f} ms" if measure == "latency"
+               else f"{used:,.0f} of {dense:,.0f}")
+    return (f"keeps {share(used / dense)} of the blocks' {measure} ({amounts}, at most "
+            f"{keep['text']})")
 
 
 def finished(values: Mapping[str, Any], path: Path) -> Iterable[Any]:

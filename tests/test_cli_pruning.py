@@ -14,7 +14,7 @@ import pytest
 import typer
 
 import searchpet
-from searchpet import catalog, cli
+from searchpet import catalog, cli, views
 from searchpet.flops import flops
 from searchpet.options import SETTINGS
 from searchpet.settings import Settings
@@ -68,6 +68,11 @@ def test_show_says_what_stays(home: Path, capsys: pytest.CaptureFixture[str]) ->
     said = capsys.readouterr().out
     assert "of the blocks' flops" in said and "percent kept, layer by layer" in said
     assert "neurons" in said
+
+
+def test_a_latency_is_shown_in_milliseconds() -> None:
+    keep = {"measure": "latency", "used": 12_829_542, "dense": 21_501_872, "text": "60%"}
+    assert views.kept(keep) == "keeps 59.7% of the blocks' latency (12.8 of 21.5 ms, at most 60%)"
 
 
 @pytest.mark.parametrize("more", [[], ["--json"]])
