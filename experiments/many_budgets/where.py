@@ -7,6 +7,8 @@ the first three?  3 is a search of the small budget's own, 11 the largest, 6 the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from searchpet import catalog
@@ -18,7 +20,8 @@ STEPS, ROWS, SEEDS = 200, 32, range(5)
 
 def found(places: int, seed: int) -> int:
     """Planted among the first three of a search with room for `places`."""
-    expert, student = teacher(seed), backbone(seed)
+    expert: Any = teacher(seed)
+    student: Any = backbone(seed)
     student.classifier.load_state_dict(expert.classifier.state_dict())
     space, planted = candidates(student)
     limit = places * int(space.cost.sum()) // len(space)

@@ -41,7 +41,7 @@ from searchpet.settings import Settings
 from searchpet.study import create, join
 from searchpet.study import sampler as sampler_of
 from searchpet.tunefile import read_tune
-from searchpet.worker import Worker, suggest
+from searchpet.worker import Worker
 
 SECONDS = 2.0  # that a trial sleeps
 PROCESSES = 8  # that share the threads of a load
@@ -56,7 +56,7 @@ class Sleeper(Worker):
     def _run(self, trial: Trial) -> float:
         self.begin(trial)
         trial.set_user_attr("by", f"{me()}/{self.name}")
-        suggest(trial, self.question.space)
+        self.question.suggest(trial)
         time.sleep(SECONDS)
         return random.Random(trial.number).random()
 
@@ -72,7 +72,7 @@ class Plain(Sleeper):
     def work(self) -> None:
         def objective(trial: Trial) -> float:
             trial.set_user_attr("by", f"{me()}/{self.name}")
-            suggest(trial, self.question.space)
+            self.question.suggest(trial)
             time.sleep(SECONDS)
             return random.Random(trial.number).random()
 

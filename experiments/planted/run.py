@@ -54,12 +54,13 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def backbone(layers: int, seed: int) -> nn.Module:
+def backbone(layers: int, seed: int) -> Any:
     """A random encoder, sharp enough that its texts differ."""
     config = transformers.BertConfig(
         hidden_size=SIZE, num_hidden_layers=layers, num_attention_heads=4,
         intermediate_size=2 * SIZE, vocab_size=WORDS, max_position_embeddings=8,
-        num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+        num_labels=CLASSES,  # type: ignore[call-arg]
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         model = transformers.BertForSequenceClassification(config)
@@ -78,12 +79,13 @@ def candidates(model: nn.Module) -> Space:
 def plant(net: Supernet, places: set[int], strength: float, generator: torch.Generator) -> None:
     """Draw strong deltas at `places`, silent ones elsewhere."""
     for i, graft in enumerate(net.grafts.grafts):
-        size = strength / graft.delta.scaling if i in places else 0.0
-        graft.delta.B.data.normal_(generator=generator).mul_(size)
+        delta: Any = graft.delta
+        size = strength / delta.scaling if i in places else 0.0
+        delta.B.data.normal_(generator=generator).mul_(size)
 
 
 @torch.no_grad()
-def teacher(level: str, seed: int) -> tuple[nn.Module, set[int], float]:
+def teacher(level: str, seed: int) -> tuple[Any, set[int], float]:
     """The backbone with strong deltas, which units they are, the share of labels changed.
 
     Places are drawn until each matters: without its delta at least `MATTERS` of the labels differ.

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench import backbone, problem_on
+from bench import backbone, problem_on  # type: ignore[import-not-found]  # beside it
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -95,7 +95,7 @@ def base(quick: bool) -> Base:
         found = backbone()
         return Base(found.model.eval(), found.head, found.identity)
     config = BertConfig(vocab_size=20_000, hidden_size=32, num_hidden_layers=4,
-                        num_attention_heads=4, intermediate_size=64, num_labels=6,
+                        num_attention_heads=4, intermediate_size=64, num_labels=6,  # type: ignore[call-arg]
                         initializer_range=0.2)  # logits must not be nearly 0
     torch.manual_seed(0)
     model = BertForSequenceClassification(config).eval()
