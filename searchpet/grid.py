@@ -58,14 +58,9 @@ class Bench:
         self.results = Ledger(self.folder / "results.jsonl", RESULT_KEY)
         self.sweeps = Ledger(self.folder / "sweep.jsonl", SWEEP_KEY)
 
-    def finals(self, cell: Cell) -> list[tuple[int, int]]:
-        """(structure seed, training seed) of every final training of a cell."""
-        count = cell.method.structures if cell.method.searches else 1
-        return [(s, seed) for s in range(count) for seed in self.grid.seeds]
-
     def finished(self, cell: Cell) -> bool:
         done = self.results.rows()
-        return all(cell.key(*final) in done for final in self.finals(cell))
+        return all(cell.key(*final) in done for final in self.grid.finals(cell.method))
 
     def progress(self, what: str) -> None:
         """Print a line with the trainings done and the time left, at the pace so far."""
@@ -116,12 +111,12 @@ def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
     terms = cell.method.terms()
     session.teaching = None if terms is None else _teaching(bench, cell, session, terms)
     found: dict[int, tuple[Trainee, float]] = {}
-    for structure, _ in bench.finals(cell):
+    for structure, _ in bench.grid.finals(cell.method):
         if structure not in found:
             found[structure] = _structure(bench, cell, session, structure)
     tau = _best_tau(bench, cell, session, *found[0])
     done = bench.results.rows()
-    for structure, seed in bench.finals(cell):
+    for structure, seed in bench.grid.finals(cell.method):
         if cell.key(structure, seed) not in done:
             method, seconds = found[structure]
             row = _final(bench, cell, session, method, (structure, seed), tau)

@@ -78,8 +78,7 @@ def trainings_of(grid: GridFile) -> int:
         keeps = max(1, len(grid.keep_flops)) if prunes else 1
         budgets = 1 if method.budget is not None else len(grid.budgets)
         cells = 1 if method.reference else budgets * keeps
-        structures = method.structures if method.searches else 1
-        total += cells * (structures * len(grid.seeds) + sweep)
+        total += cells * (len(grid.finals(method)) + sweep)
     return len(grid.tasks) * total
 
 

@@ -14,9 +14,12 @@ trains its structures on the outputs of full fine-tuning, `recovery = { logits =
 says on what else; `inherit = true` starts the trainings from what the search has learned;
 `on = "trec6"` takes the structures that are found on that task, or on several (`a,b`), to every
 task of the grid.  Methods that differ in such trainings alone share their structures: the search
-is done once.  Names that mean something: `full`, `head` and `peft_default` (references, without a
-budget), `adalora` and `kappa` (PEFT's, within the budget), every strategy, `s3pet` (on the space
-`s3pet_mix`), and `default`: what the command line does with no choice made.
+is done once.  A search is trained with every seed; with `paired = true` every training has a
+structure of its own instead, structure k with the k-th seed (from the first again after the last),
+so that a spread holds the search's own.  Names that mean something: `full`, `head` and
+`peft_default` (references, without a budget), `adalora` and `kappa` (PEFT's, within the budget),
+every strategy, `s3pet` (on the space `s3pet_mix`), and `default`: what the command line does with
+no choice made.
 """
 
 from __future__ import annotations
@@ -97,6 +100,7 @@ class GridFile(BaseModel):
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     taus: tuple[float, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
     keep_flops: tuple[str, ...] = ()
+    paired: bool = False  # a structure for each training
     space: str | None = None  # of methods that name none
     model: str = Settings.model
     steps: int = Settings.steps
@@ -119,6 +123,13 @@ class GridFile(BaseModel):
         if len(set(names)) < len(names):
             raise ValueError("values must be distinct")
         return value
+
+    def finals(self, method: Method) -> list[tuple[int, int]]:
+        """(structure seed, training seed) of every final training of a cell."""
+        count, seeds = method.structures if method.searches else 1, self.seeds
+        if self.paired and method.searches:
+            return [(s, seeds[s % len(seeds)]) for s in range(max(count, len(seeds)))]
+        return [(s, seed) for s in range(count) for seed in seeds]
 
     def ask(self, method: Method, budget: str, keep: str | None) -> Ask:
         """What a method's search is asked for."""

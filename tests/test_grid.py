@@ -210,6 +210,24 @@ def test_a_method_may_have_a_budget_of_its_own(home: Path, tiny_folder: Path) ->
     assert any(line.startswith(f"[{done}/{done}") for line in said)  # the count was right
 
 
+def test_paired_trainings_have_a_structure_each(home: Path, tiny_folder: Path) -> None:
+    text = GRID.format(model=tiny_folder).split("methods")[0].replace('["1%", 40]', "[40]") + (
+        'paired = true\nmethods = ["head", "random:unit", '
+        '{ name = "many", strategy = "random:unit", structures = 3 }]\n')
+    (home / "paired.toml").write_text(text)
+    said: list[str] = []
+    run_grid(home / "paired.toml", data=str(home), out=home / "paired", say=said.append)
+    rows = lines(home / "paired")
+    pairs = {name: sorted((r["structure_seed"], r["seed"]) for r in rows if r["method"] == name)
+             for name in ("head", "random:unit", "many")}
+    assert pairs == {"head": [(0, 0), (0, 1)], "random:unit": [(0, 0), (1, 1)],
+                     "many": [(0, 0), (1, 1), (2, 0)]}
+    specs = {path.read_text() for path in (home / "paired/work").rglob("spec.json")}
+    assert len(specs) > 1  # not one structure three times
+    done = len(rows) + len(lines(home / "paired", "sweep.jsonl"))
+    assert any(line.startswith(f"[{done}/{done}") for line in said)  # the count was right
+
+
 def test_structures_of_one_task_are_trained_on_others(home: Path, tiny_folder: Path) -> None:
     write_task(home / "plays", rows=40)
     text = GRID.format(model=tiny_folder).replace('["films"]', '["films", "plays"]').replace(
