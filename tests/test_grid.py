@@ -321,6 +321,13 @@ def test_a_wrong_grid_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+def test_the_grids_of_the_evidence_are_read() -> None:
+    files = sorted((Path(__file__).parents[1] / "experiments").rglob("run.toml"))
+    assert len(files) >= 10
+    for file in files:
+        assert read_grid(file).methods, file
+
+
 def test_a_ledger_survives_torn_lines_and_names_bad_ones(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "a.jsonl", ("name",))
     ledger.add({"name": "x"})
