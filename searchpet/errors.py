@@ -30,4 +30,5 @@ def listed(names: Sequence[str], most: int = 5) -> str:
 
 def shown(text: str) -> str:
     """An address, or a command line with one in it, without passwords: u:***@host."""
-    return re.sub(r"(://[^:/@\s]*):[^\s]*@", r"\1:***@", text)
+    text = re.sub(r"(://[^:/@\s]*):[^\s]*@", r"\1:***@", text)
+    return re.sub(r"(\bpassword=)[^&\s'\"]*", r"\1***", text)

@@ -26,6 +26,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from pydantic import ValidationError
+
 from searchpet import catalog
 from searchpet.ask import Ask, hyperparameters, space_of
 from searchpet.errors import InputError, unknown
@@ -34,6 +36,7 @@ from searchpet.pruning import asked as prune_to
 from searchpet.settings import Settings
 from searchpet.site import Site
 from searchpet.spacefile import Rule, SpaceFile
+from searchpet.spec import first_problem
 
 Values = Mapping[str, Any]  # of knobs, by name
 
@@ -120,7 +123,11 @@ def narrowed(values: Values, base: SpaceFile, sites: Sequence[Site]) -> SpaceFil
     share = {name.partition(".")[2]: float(value) for name, value in values.items()
              if name.startswith("share.") and float(value) > 0}
     share = {kind: value for kind, value in share.items() if kind in left and len(left) > 1}
-    return SpaceFile(description=base.description, rule=tuple(rules), share=share or base.share)
+    try:
+        return SpaceFile(description=base.description, rule=tuple(rules),
+                         share=share or base.share)
+    except ValidationError as error:  # shares above 1 together, ...
+        raise InputError(f"knobs must make a space that holds: {first_problem(error)}") from error
 
 
 def _roles(rule: Rule, values: Values, sites: Iterable[Site]) -> list[str]:

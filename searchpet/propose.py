@@ -89,7 +89,8 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
         if ask.prune and not space.bulk:
             keep = keep_of(ask.prune, model, space, session.table)
         net = Supernet(model, space, session.head, seed)
-        problem = _problem(session, folder, net, limit, keep, must, seed)
+        looks = catalog.about("strategies", ask.strategy.partition(":")[0], "LOOKS", True)
+        problem = _problem(session, folder, net, limit, keep, must, seed, looks)
         bulk = _bulk(ask, problem) if space.bulk else None
         sparse = _sparse(problem)
         try:
@@ -199,13 +200,17 @@ def _spec(session: Session, ask: Ask, limits: Limits, keep: Tensor, budget: Budg
 
 
 def _problem(session: Session, folder: RunFolder | None, net: Supernet, limit: int,
-             keep: Keep | None, must: Tensor | None, seed: int) -> Problem:
-    """What the strategy may see: the training split, in two halves."""
+             keep: Keep | None, must: Tensor | None, seed: int, looks: bool) -> Problem:
+    """What the strategy may see: the training split, in two halves.
+
+    looks: whether it looks at data at all; without, there are no rates and the head stays drawn.
+    """
     first, second = session.splits["train"].halved(seed)
-    model = net.model
-    session.fit_head(model, first, seed)
-    rates, room = _rates(session, net, Limits(net.space, limit, keep, must=must),
-                        first, seed)
+    model, rates, room = net.model, dict[str, float](), 1.0
+    if looks:
+        session.fit_head(model, first, seed)
+        rates, room = _rates(session, net, Limits(net.space, limit, keep, must=must),
+                             first, seed)
     loops: list[Any] = []
 
     def loop(steps: int, **state: Any) -> Any:

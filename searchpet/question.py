@@ -118,7 +118,7 @@ def check(question: Question, jobs: int) -> None:
     if "score" not in question.metrics or len(set(question.metrics)) < len(question.metrics):
         raise InputError("--metric must be score, or score and others, each once, but got "
                          f"{','.join(question.metrics)}")
-    sampler(question.sampler, 0)
+    sampler(question.sampler, 0, question.trials)
     pruner(question.pruner, question.rungs)
 
 
@@ -131,7 +131,7 @@ def rungs(steps: int) -> tuple[int, ...]:
 
 
 def knobs_for(metrics: Sequence[str], prune: Prune | None, strategy: str) -> str:
-    """The tuning space that suits what is asked for."""
+    """The tuning space that suits what is asked for.  metrics: limited ones too."""
     if strategy == TPE:
         return "autopeft"
     if {"flops", "latency"} & set(metrics):

@@ -12,6 +12,8 @@ import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import optuna
 import psutil
@@ -96,9 +98,21 @@ def admit(study: Study, trial: Trial, wanted: int) -> tuple[FrozenTrial, int]:
 
 
 def me() -> str:
-    """This process: host, number, when it began."""
+    """This process: where it runs, its number there, when it began."""
     own = psutil.Process(os.getpid())
-    return f"{socket.gethostname()}/{own.pid}/{own.create_time():.0f}"
+    return f"{_here()}/{own.pid}/{own.create_time():.0f}"
+
+
+@cache
+def _here() -> str:
+    """The host, and what tells it from others of its name: two containers may share that, but
+    not their processes.
+    """
+    found = socket.gethostname()
+    with contextlib.suppress(OSError):  # Linux alone has them
+        found += "." + Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
+        found += "." + os.readlink("/proc/self/ns/pid").strip("pid:[]")
+    return found
 
 
 def again(study: Study, trial: FrozenTrial) -> None:
@@ -109,6 +123,8 @@ def again(study: Study, trial: FrozenTrial) -> None:
     """
     trial = copy.deepcopy(trial)
     trial.user_attrs.pop(WORKER, None)
+    trial.system_attrs = {  # it is compared from its first rung on
+        k: v for k, v in trial.system_attrs.items() if not k.startswith("completed_rung")}
     if VERSION not in trial.user_attrs:
         trial.params, trial.distributions = {}, {}
     with warnings.catch_warnings():
@@ -153,7 +169,7 @@ def _settled(trial: FrozenTrial) -> bool:
 def _gone(worker: str | None) -> bool:
     """Whether a process of this machine is no more."""
     host, number, began = (worker or "//").rsplit("/", 2)
-    if host != socket.gethostname():
+    if host != _here():
         return False
     try:
         return bool(abs(psutil.Process(int(number)).create_time() - float(began)) > 2)

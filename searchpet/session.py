@@ -67,6 +67,7 @@ class Session:
         self.splits: Mapping[str, Encodings] = self._encoded()
         self.teaching: Callable[[nn.Module, dict[str, Tensor]], Objective] | None = None
         self.table: Table | None = None
+        self.evaluations = Recipe.evaluations  # of a training, after the first
         self._backbone: Backbone | None = backbone
         self._seed = settings.seed
 
@@ -255,7 +256,7 @@ class Session:
     def recipe(self) -> Recipe:
         s = self.settings
         return Recipe(steps=s.steps, batch_size=s.batch_size, accumulate=s.accumulate,
-                      precision=s.precision)
+                      precision=s.precision, evaluations=self.evaluations)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Metrics on a split.  Raises InputError when the task has none with labels."""

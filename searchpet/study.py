@@ -8,24 +8,30 @@ have no heartbeat: there a trial is taken back only if its process is gone on th
 
 from __future__ import annotations
 
+import copy
 import os
+import random
 import re
 import socket
+import uuid
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import optuna
 from optuna.storages import BaseStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.study import Study, StudyDirection
+from optuna.trial import FrozenTrial, TrialState
 
 from searchpet.errors import InputError, shown, unknown
-from searchpet.roster import GRACE, HEARTBEAT, again
+from searchpet.roster import GRACE, HEARTBEAT, again, root, trials_of
 
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 PRUNERS = ("halving", "hyperband", "none")
 OURS = "searchpet"  # study attribute: what the study is of
+ID = "id"  # study attribute: tells it from others of its name
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -94,7 +100,7 @@ def reason(error: Exception, url: str = "") -> str:
     """The first line of a database's error, without the password of its address."""
     text = str(getattr(error, "orig", None) or error).strip().splitlines() or [repr(error)]
     secret = url.rpartition("@")[0].partition("://")[2].partition(":")[2]
-    line = text[0].replace(secret, "***") if secret else text[0]
+    line = shown(text[0].replace(secret, "***") if secret else text[0])
     return f"{type(error).__name__}: {line}" if len(line) < 20 else line
 
 
@@ -113,6 +119,7 @@ def create(url: str, name: str, directions: Sequence[str], about: Mapping[str, A
     if not there:
         study = optuna.create_study(study_name=name, storage=storage, directions=[
             StudyDirection[direction.upper()] for direction in directions])
+        study.set_user_attr(ID, uuid.uuid4().hex)
         study.set_user_attr(OURS, dict(about))
         return study
     study = _load(storage, name, url)
@@ -164,10 +171,11 @@ def _check(study: Study, directions: Sequence[str], about: Mapping[str, Any]) ->
                 "name another --study")
 
 
-def sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
-    """Raises InputError for an unknown name."""
+def sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:
+    """For a study of so many trials.  Raises InputError for an unknown name."""
     made: dict[str, Any] = {
-        "tpe": optuna.samplers.TPESampler, "nsga2": optuna.samplers.NSGAIISampler,
+        "tpe": optuna.samplers.TPESampler,
+        "nsga2": partial(optuna.samplers.NSGAIISampler, population_size=max(4, trials // 5)),
         "gp": optuna.samplers.GPSampler, "random": optuna.samplers.RandomSampler}
     if name not in made:
         raise unknown("--sampler", name, SAMPLERS)
@@ -176,15 +184,40 @@ def sampler(name: str, seed: int) -> optuna.samplers.BaseSampler:
         return made[name](seed=seed % 2**32)  # type: ignore[no-any-return]
 
 
+class Rungs(optuna.pruners.BasePruner):
+    """Successive halving in one bracket, or Hyperband (Li et al. 2018) in several: those of
+    bracket b are first compared at rung b, among themselves.
+
+    Optuna's own, but every trial is seen once: those that died do not count, and a repetition has
+    the bracket of what it repeats.  So a study that was cut off goes on as if it had not been.
+    """
+
+    def __init__(self, rungs: Sequence[int], brackets: int) -> None:
+        factor = (round((rungs[-1] / rungs[0]) ** (1 / (len(rungs) - 1))) if rungs[1:] else 2)
+        self.halving = [optuna.pruners.SuccessiveHalvingPruner(
+            min_resource=rungs[0], reduction_factor=max(2, factor), min_early_stopping_rate=b)
+            for b in range(brackets)]
+        self.weights = [brackets * factor**(brackets - 1 - b) / (brackets - b)
+                        for b in range(brackets)]
+
+    def bracket(self, trial: FrozenTrial) -> int:
+        """Drawn by the trial's number, the weights as in Hyperband."""
+        return random.Random(root(trial)).choices(range(len(self.halving)), self.weights)[0]
+
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        bracket, view = self.bracket(trial), cast(Any, copy.copy(study))
+        rivals = [t for t in trials_of(study)
+                  if t.state != TrialState.FAIL and self.bracket(t) == bracket]
+        view.get_trials = lambda deepcopy=True, states=None: rivals
+        return self.halving[bracket].prune(view, trial)
+
+
 def pruner(name: str, rungs: Sequence[int]) -> optuna.pruners.BasePruner:
     """For trials that report after so many steps.  Raises InputError for an unknown name."""
-    factor = max(2, round((rungs[-1] / rungs[0]) ** (1 / (len(rungs) - 1)))) if rungs[1:] else 2
     if name == "halving":
-        return optuna.pruners.SuccessiveHalvingPruner(
-            min_resource=rungs[0], reduction_factor=factor)
+        return Rungs(rungs, 1)
     if name == "hyperband":
-        return optuna.pruners.HyperbandPruner(
-            min_resource=rungs[0], max_resource=rungs[-1], reduction_factor=factor)
+        return Rungs(rungs, len(rungs))
     if name == "none":
         return optuna.pruners.NopPruner()
     raise unknown("--pruner", name, PRUNERS)

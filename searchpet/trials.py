@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from searchpet import charts
 from searchpet.canvas import Figure, picture
-from searchpet.collect import front
+from searchpet.collect import fitting, front
 from searchpet.errors import InputError
 from searchpet.page import render
 from searchpet.question import Question, question_of
@@ -56,7 +56,7 @@ def summary(study: Study, question: Question) -> dict[str, Any]:
         "study": study.study_name, "metrics": list(question.metrics),
         "wanted": question.trials, "complete": now.complete, "pruned": now.pruned,
         "failed": now.failed, "running": now.running, "waiting": now.waiting,
-        "front": [t.number for t in front(study, question)] if now.complete else [],
+        "front": [t.number for t in front(study, question)] if fitting(study) else [],
         "importances": importances(study, question),
         "trials": [_row(t, question) for t in latest.values()]}
 

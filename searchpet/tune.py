@@ -17,7 +17,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from searchpet.ask import STRATEGY, Ask
-from searchpet.collect import STORE, fetch, front, keep, open_store, winner
+from searchpet.collect import STORE, fetch, front, keep, open_store, own, winner
 from searchpet.engine import Result, default_out, evaluate, latencies
 from searchpet.errors import InputError, shown
 from searchpet.latency import Table
@@ -92,13 +92,13 @@ def tune(
     Raises InputError for whatever is wrong with the input.
     """
     chosen, seconds = Settings(**settings), duration(timeout)
-    own = STRATEGY if strategy == TPE else strategy
-    prune = prune_to(keep_flops, keep_weights, keep_latency, masks, own)
-    ask = Ask(own, None, {}, budget, count_head, prune)
-    metrics = tuple(name.strip() for name in metric.split(","))
+    base = STRATEGY if strategy == TPE else strategy
+    prune = prune_to(keep_flops, keep_weights, keep_latency, masks, base)
+    ask = Ask(base, None, {}, budget, count_head, prune)
+    metrics, limits = tuple(name.strip() for name in metric.split(",")), limits_of(limit or {})
     question = Question(
-        chosen, ask, read_tune(knobs or knobs_for(metrics, prune, strategy)), trials,
-        rungs(chosen.steps), metrics, limits_of(limit or {}), sampler, pruner)
+        chosen, ask, read_tune(knobs or knobs_for((*metrics, *limits), prune, strategy)), trials,
+        rungs(chosen.steps), metrics, limits, sampler, pruner)
     check(question, jobs)
     if question.prunes and len(question.rungs) == 1:
         say(f"--pruner {pruner} needs --steps {FACTOR * LEAST} or more to compare trials before "
@@ -106,7 +106,7 @@ def tune(
     if storage and not storage.startswith(("sqlite:", "journal:")):
         open_storage(storage)  # it must answer before anything is written
     if artifacts:
-        open_store(artifacts)
+        open_store(artifacts, make=True)  # before anything is written
     folder = RunFolder(out or default_out(chosen, replace(ask, strategy="tune")))
     folder.start(written(question), resume)
     session = open_session(chosen, listener)
@@ -115,14 +115,16 @@ def tune(
     crew = Crew(storage or f"sqlite:///{folder.path / FILE}", study or folder.path.name,
                 folder.path, jobs, artifacts or str((folder.path / STORE).resolve()),
                 chosen.data, chosen.device, tuple(plugins))
+    open_store(crew.artifacts, make=True)
     made = create(crew.storage, crew.study, question.directions, about(question), resume)
+    own(made, folder, begun=True)
     made.set_user_attr("trials", trials)
     made.set_user_attr(STORE, crew.artifacts)
     made.set_user_attr(LATENCY, table.model_dump() if table else None)
     made.set_user_attr(UNTIL, time.time() + seconds if seconds else None)
+    for start in question.space.starts()[:trials]:
+        made.enqueue_trial(start, skip_if_exists=True)
     if jobs > 1:
-        for start in question.space.starts()[:trials]:
-            made.enqueue_trial(start, skip_if_exists=True)
         run_workers(crew, made, say)
     else:
         _worker(made, question, session, folder.path, say).work()
@@ -143,10 +145,11 @@ def work(storage: str, study: str | None, *, out: str | Path | None = None,
     """
     made = join(storage, study)
     question = question_of(made, data, device)
+    open_store(str(made.user_attrs[STORE]))  # before anything is run that could not be left there
+    folder = RunFolder(out or f"runs/{made.study_name}")
+    own(made, folder)
     session = open_session(question.settings, listener)
-    folder = Path(out or f"runs/{made.study_name}")
-    folder.mkdir(parents=True, exist_ok=True)
-    _worker(made, question, session, folder, say).work()
+    _worker(made, question, session, folder.path, say).work()
 
 
 def collect(storage: str, study: str | None, *, out: str | Path | None = None,
@@ -157,13 +160,12 @@ def collect(storage: str, study: str | None, *, out: str | Path | None = None,
     Raises InputError as `work` does, and where no trial has finished.
     """
     made = join(storage, study)
-    if artifacts:
-        made.set_user_attr(STORE, artifacts)
     question = question_of(made, data, device)
     winner(made, question)
     folder = RunFolder(out or f"runs/{made.study_name}")
-    folder.path.mkdir(parents=True, exist_ok=True)
-    return finish(made, question, open_session(question.settings, listener), folder, test)
+    own(made, folder)
+    session = open_session(question.settings, listener)
+    return finish(made, question, session, folder, test, artifacts)
 
 
 def serve(storage: str, address: str, say: Callable[[str], None] = print) -> None:
@@ -183,13 +185,16 @@ def serve(storage: str, address: str, say: Callable[[str], None] = print) -> Non
 
 
 def finish(study: Study, question: Question, session: Session, folder: RunFolder,
-           test: bool = False) -> Result:
-    """Write the best trial's files and result.json; of several metrics, the front as well."""
+           test: bool = False, artifacts: str | None = None) -> Result:
+    """Write the best trial's files and result.json; of several metrics, the front as well.
+
+    artifacts: where they are, if not where the study says.
+    """
     best = winner(study, question)
-    spec = fetch(study, folder.path, best, folder)
+    spec = fetch(study, folder.path, best, folder, artifacts)
     leading = front(study, question)
     for trial in leading if len(question.metrics) > 1 else ():
-        fetch(study, folder.path, trial, folder.sub(f"front/{trial.number:04d}"))
+        fetch(study, folder.path, trial, folder.sub(f"front/{trial.number:04d}"), artifacts)
     session.settings = replace(question.settings, tau=_tau(best, question))
     row = dict(folder.read_json("training.json"))
     if test:

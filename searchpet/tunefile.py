@@ -22,6 +22,8 @@
 
     [[first]]                         # settings to try first, over the defaults
     strategy = "uniform:bias"
+
+    known_good = false                # at the top: try nothing first, not even the defaults
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ from pydantic import (
 
 from searchpet.ask import SPACE, hyperparameters
 from searchpet.errors import InputError, unknown
-from searchpet.knobs import check_name, owner
-from searchpet.spacefile import TUNE, folder, read_space, tune_names
+from searchpet.knobs import ALL, check_name, owner
+from searchpet.spacefile import TUNE, Select, SpaceFile, folder, read_space, tune_names
 from searchpet.spec import first_problem
 
 DEFAULT = "default"
@@ -136,10 +138,11 @@ class TuneFile(BaseModel):
     extends: str | None = None
     knob: tuple[Knob, ...] = Field(min_length=1)
     first: tuple[dict[str, Value], ...] = ()
+    known_good: bool = True
 
     @model_validator(mode="after")
     def _fits_together(self) -> TuneFile:
-        read_space(self.base)
+        base = read_space(self.base)
         before: dict[str, Knob] = {}
         for knob in self.knob:
             if knob.name in before:
@@ -155,6 +158,7 @@ class TuneFile(BaseModel):
                             f"when of {knob.name} must match a choice of {other}, "
                             f"{', '.join(map(str, choices))}, but got {glob!r}")
             before[knob.name] = knob
+        _check_choices(before, base)
         if "strategy" in before:
             for choice in before["strategy"].choices:
                 hyperparameters(str(choice), {})
@@ -166,7 +170,11 @@ class TuneFile(BaseModel):
         return self
 
     def starts(self) -> list[dict[str, Value]]:
-        """Settings to try first: the defaults, then what the file names, without repetitions."""
+        """Settings to try first: the defaults, then what the file names, without repetitions; none
+        where the file wants no `known_good`.
+        """
+        if not self.known_good:
+            return []
         found = [self.settled(given) for given in ({}, *self.first)]
         return [one for i, one in enumerate(found) if one not in found[:i]]
 
@@ -177,6 +185,19 @@ class TuneFile(BaseModel):
             if knob.counts(values):
                 values[knob.name] = given.get(knob.name, knob.start)
         return values
+
+
+def _check_choices(knobs: Mapping[str, Knob], base: SpaceFile) -> None:
+    """Raise ValueError where a choice of layers or kinds means nothing."""
+    for choice in map(str, knobs["layers"].choices if "layers" in knobs else ()):
+        if choice != ALL:
+            Select(layers=choice)
+    known = {rule.kind for rule in base.rule}
+    for choice in map(str, knobs["kinds"].choices if "kinds" in knobs else ()):
+        if wrong := sorted(set(choice.split("+")) - known):
+            names = ", ".join(sorted(known))
+            raise ValueError(f"kinds must be some of the base space's, {names}, joined by +, but "
+                             f"got {wrong[0]!r}")
 
 
 def read_tune(name: str, seen: Iterable[str] = ()) -> TuneFile:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+import torch
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
@@ -34,7 +35,6 @@ from searchpet.question import Question
 from searchpet.roster import (
     FAILURE,
     VERSION,
-    Standing,
     Surplus,
     admit,
     again,
@@ -50,6 +50,7 @@ from searchpet.site import Site
 from searchpet.spacefile import SpaceFile, read_space
 from searchpet.spec import Spec
 from searchpet.study import pruner, sampler
+from searchpet.train import Recipe
 
 REUSED = "reused"  # trial attribute: the trial whose last score was taken over; or None
 RUN = "run"  # trial attribute: the folder of its last rung, in the study's folder
@@ -92,10 +93,9 @@ class Worker:
             while any(map(unclaimed, trials_of(self.study))):  # the dead come before what is new
                 self._wait(PAUSE / 4)
             while time.time() < self.deadline:
-                trials = trials_of(self.study)  # asked for once: it is what a trial costs most
-                now = standing(trials)
+                now = standing(self.study)
                 if now.waiting or now.fresh < self.question.trials:
-                    self._next(trials, now)
+                    self._next()
                 elif now.running:
                     self._wait(PAUSE)
                 else:
@@ -107,38 +107,42 @@ class Worker:
             time.sleep(seconds)
         take_back(self.study)
 
-    def _next(self, trials: Sequence[FrozenTrial], now: Standing) -> None:
+    def _next(self) -> None:
         """Run one trial.  What it samples depends on its place and on what is finished, so that
         a study that was cut off goes on to the same trials.
         """
         q = self.question
-        if not now.waiting:
-            self._start_with_known_good(trials)
         self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs)
         running: list[Trial] = []
+        lost: list[int] = []
 
         def objective(trial: Trial) -> Any:
             running.append(trial)
-            return self._run(trial)
+            try:
+                found = self._run(trial)
+            except optuna.exceptions.UpdateFinishedTrialError:
+                lost.append(trial.number)
+                raise
+            lost.append(trial.number)  # what is left can only fail if the trial was taken away
+            return found
 
         try:
-            # the first: it was taken for dead, and somebody repeats it
-            with suppress(optuna.exceptions.UpdateFinishedTrialError):
-                self.study.optimize(objective, n_trials=1, catch=(InputError, Surplus))
-        except BaseException:  # Ctrl-C, a full disk: not the trial's fault
-            if running:
-                again(self.study, _frozen(self.study, running[0].number))
+            self.study.optimize(objective, n_trials=1, catch=(InputError, Surplus))
+        except Exception:
+            if lost:  # it was silent for so long that it was taken for dead: somebody repeats it
+                self.say(f"trial {lost[0]} was taken for dead, and is repeated")
+                return
+            self._give_back(running)
+            raise
+        except BaseException:  # Ctrl-C
+            if not lost:
+                self._give_back(running)
             raise
 
-    def _start_with_known_good(self, trials: Sequence[FrozenTrial]) -> None:
-        """Enqueue the next of the settings to try first that nobody has tried.  One at a time:
-        a trial that was cut off is to be repeated before the next one begins.
-        """
-        tried = [t.params or t.system_attrs.get("fixed_params") for t in trials]
-        for start in self.question.space.starts():
-            if start not in tried:
-                self.study.enqueue_trial(start)
-                return
+    def _give_back(self, running: Sequence[Trial]) -> None:
+        """Have a trial repeated that ends for no fault of its own: a full disk, Ctrl-C."""
+        for trial in running:
+            again(self.study, _frozen(self.study, trial.number))
 
     def begin(self, trial: Trial) -> FrozenTrial:
         """Claim a trial, and have its knobs sampled by its place; none is before it is suggested.
@@ -147,7 +151,7 @@ class Worker:
         """
         q = self.question
         frozen, place = admit(self.study, trial, q.trials)
-        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + place)
+        self.study.sampler = sampler(q.sampler, 1_000_003 * q.settings.seed + place, q.trials)
         return frozen
 
     def _run(self, trial: Trial) -> Any:
@@ -162,10 +166,12 @@ class Worker:
         except optuna.TrialPruned as pruned:
             self._tell(trial, f"pruned: {pruned}", began)
             raise
-        except InputError as error:
-            trial.set_user_attr(FAILURE, str(error))
-            self._tell(trial, f"failed: {error}", began)
-            raise
+        except (InputError, torch.OutOfMemoryError) as error:
+            why = str(error) if isinstance(error, InputError) else (
+                f"the device's memory must hold a trial, but it ran out: {error}")
+            trial.set_user_attr(FAILURE, why)
+            self._tell(trial, f"failed: {why}", began)
+            raise InputError(why) from error
         self._tell(trial, ", ".join(f"{k} {v:.6g}" for k, v in found.items()), began)
         return tuple(found.values())
 
@@ -227,16 +233,20 @@ class Worker:
         limit = budget_of(session, q.ask.budget, q.ask.count_head)[1]
         head = session.head_size if q.ask.count_head else 0
         ask = ask_of(values, self._base, q.ask, self._sites, limit, head)
-        known_good = values in q.space.starts()  # they are what others are measured by
+        known_good = values in q.space.starts()
         trial.set_user_attr("head", session.head_size)
         with _own_folder(self.folder, frozen) as own:
             for steps in q.rungs if q.prunes else q.rungs[-1:]:
                 folder = own.sub(str(steps))
                 session.settings = settings_of(values, q.settings, steps)
+                # before the last rung its end alone is compared
+                session.evaluations = 1 if steps < q.rungs[-1] else Recipe.evaluations
                 spec, score = self._rung(trial, folder, ask)
                 if q.prunes:
                     trial.report(score, steps)
-                    if steps < q.rungs[-1] and not known_good and trial.should_prune():
+                    # asked of known-good ones too: it is what makes them a measure for others
+                    behind = trial.should_prune() and not known_good
+                    if behind and steps < q.rungs[-1]:
                         raise optuna.TrialPruned(f"{score:.6g} after {steps} steps")
             found = measures(session, spec, score, {*q.metrics, *q.limits})
             for name, value in found.items():
@@ -265,8 +275,12 @@ class Worker:
         return spec, score
 
     def _known(self, key: str) -> FrozenTrial | None:
-        """The first trial that has trained this structure in this way."""
-        return next((t for t in trials_of(self.study) if key in t.user_attrs), None)
+        """The first trial that has trained this structure in this way.  For the last rung it must
+        have ended well: before that its files may lie with a worker that died.
+        """
+        last = self.session.settings.steps == self.question.rungs[-1]
+        return next((t for t in trials_of(self.study) if key in t.user_attrs
+                     and (not last or t.state == TrialState.COMPLETE)), None)
 
 
 def _frozen(study: Study, number: int) -> FrozenTrial:

@@ -62,7 +62,8 @@ def proxy(place: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
 
 
 def worker(storage: str, study: str) -> subprocess.Popen[str]:
-    words = ["tune", "--worker", "--study", study, "--out", "shared", "--device", "cpu", "-q"]
+    words = ["tune", "--worker", "--study", study, "--out", f"{study}-shared", "--device", "cpu",
+             "-q"]
     return spawn(words, SEARCHPET_STORAGE=storage)
 
 

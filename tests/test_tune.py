@@ -220,19 +220,24 @@ def test_a_score_taken_over_before_the_last_rung_is_no_reuse(
     monkeypatch.setattr("searchpet.worker.once.train", lambda *_: {"validation_score": 0.9})
     session: Any = SimpleNamespace(settings=SimpleNamespace(seed=0, tau=0.1, steps=20))
     nothing: Any = None
-    worker = Worker(nothing, study, session, tmp_path)
+    asked: Any = SimpleNamespace(rungs=(20, 80))
+    worker = Worker(asked, study, session, tmp_path)
     assert worker._rung(second, RunFolder(tmp_path), nothing)[1] == 0.7
     assert second.user_attrs[REUSED] == 0
     session.settings.steps = 80
+    first.set_user_attr(f"{spec.hash[:16]} tau 0.1 steps 80", 0.8)  # it has not stored its files
     assert worker._rung(second, RunFolder(tmp_path), nothing)[1] == 0.9
     assert second.user_attrs[REUSED] is None
 
 
 def test_worse_trials_are_pruned_after_few_steps(place: Path) -> None:
-    words = [*JOB, "--knobs", "fast.toml", "--trials", "6", "--sampler", "random", "--seed", "1"]
+    steep = FAST.replace("[0.1, 0.3, 0.03]", "[0.00001, 0.3, 1.0]")  # the first changes nothing
+    (place / "steep.toml").write_text(steep)
+    words = [*JOB, "--knobs", "steep.toml", "--trials", "8", "--sampler", "random"]
     assert cli.main([*words, "--out", "halved", "-q"]) == 0
     pruned = [t for t in trials("halved") if t.state.name == "PRUNED"]
     whole = [t for t in trials("halved") if t.state.name == "COMPLETE"]
+    assert pruned
     assert all(set(t.intermediate_values) == {20} for t in pruned)
     assert all(set(t.intermediate_values) == {20, 80} for t in whole)
     for trial in pruned:
@@ -467,7 +472,7 @@ def test_a_trial_cut_off_between_two_knobs_gets_those_that_it_would_have_had(giv
     names = ("rank", "tau")
 
     def asked(study: optuna.Study) -> optuna.Trial:
-        study.sampler = sampler("tpe", 7)
+        study.sampler = sampler("tpe", 7, 20)
         return study.ask()
 
     uncut = asked(optuna.create_study())
@@ -551,7 +556,7 @@ def test_a_worker_joins_and_another_place_collects(place: Path) -> None:
     (["--storage", "postgresql://me:secret@127.0.0.1:1/x"], "--storage must be"),
     (["--storage", "grpc://nowhere"], "grpc://HOST:PORT"),
     (["--artifacts", "gs://bucket"], "--artifacts must be a folder or s3://BUCKET, but got gs:"),
-    (["--artifacts", "films/train.jsonl"], "must be a folder that can be written, but films/tr"),
+    (["--artifacts", "films/train.jsonl"], "must be a folder that can be written here, but film"),
     (["--worker"], "--storage must say where the study is"),
     (["--worker", "--collect", "--storage", "sqlite:///x.db"], "give one of them"),
     (["--worker", "--storage", "sqlite:///empty.db"], "--study must say which of no studies"),
@@ -633,6 +638,8 @@ def test_passwords_are_not_shown() -> None:
     assert shown("postgresql://me:pa:ss@host/db") == "postgresql://me:***@host/db"
     assert shown("sqlite:///a/b.db") == "sqlite:///a/b.db"
     assert shown("postgresql://me@host/db") == "postgresql://me@host/db"
+    assert shown("postgresql://h/db?user=me&password=s%20cret&a=b") == (
+        "postgresql://h/db?user=me&password=***&a=b")
     url = "postgresql://me:pass@host/db"
     line = explain(MemoryError(), ["tune", "--storage", url, "--study", "x"])
     assert line and "pass" not in line and "--storage 'postgresql://me:***@host/db'" in line

@@ -4,7 +4,8 @@
 
 - default: one search with the defaults, as `searchpet search` does it.
 - tune: `searchpet tune`, 20 trials, TPE, successive halving.
-- random: the same knobs drawn at random, every trial to its end, for as long as `tune` took.
+- random: the same knobs drawn at random, nothing tried first (random.toml), every trial to its
+  end, for as long as `tune` took.
 - autopeft: `searchpet tune --strategy tpe`, where the knobs are the structure, for as long.
 
 Trials have 100 steps; the winner of each, chosen by validation, is trained anew with 300 steps
@@ -35,6 +36,7 @@ from searchpet.study import join
 WAYS = ("default", "tune", "random", "autopeft")
 SHORT, FULL, TRIALS = 100, 300, 20
 BUDGET = "0.01%"
+SPENT = "seconds.json"
 
 
 class Arm:
@@ -56,18 +58,23 @@ class Arm:
         if self.way == "tune":
             return ["tune", *words, "--trials", str(TRIALS)]
         words += ["--trials", "1000", "--timeout", f"{seconds:.0f}s", "--pruner", "none"]
-        return ["tune", *words, *(["--sampler", "random"] if self.way == "random"
-                                  else ["--strategy", "tpe"])]
+        knobs = str(Path(__file__).with_name("random.toml"))
+        return ["tune", *words, *(["--sampler", "random", "--knobs", knobs]
+                                  if self.way == "random" else ["--strategy", "tpe"])]
 
     def find(self, seconds: float | None) -> dict[str, Any]:
         """Run it, or go on with it; what it came to."""
         found = self.folder / "found"
-        words = [*self.words(seconds), "--out", str(found), "--quiet"]
+        words = self.words(seconds)
         if not (found / "result.json").is_file():
-            began = time.monotonic()
+            before = spent(self.folder)
+            rest = self.words(max(1.0, seconds - before)) if seconds else words
             resume = ["--resume"] if (found / "settings.json").is_file() else []
-            searchpet([*words, *resume])
-            note(self.folder / "seconds.json", time.monotonic() - began)
+            began = time.monotonic()
+            try:
+                searchpet([*rest, "--out", str(found), "--quiet", *resume])
+            finally:
+                note(self.folder / SPENT, before + time.monotonic() - began)
         final = [*self.common, "--steps", str(FULL), "--test", "--out", str(self.folder / "final"),
                  "--tau", str(json.loads((found / "result.json").read_text())["tau"]), "--quiet"]
         if not (self.folder / "final" / "result.json").is_file():
@@ -84,12 +91,13 @@ class Arm:
                 "validation_of_trial": found["validation_score"],
                 "trainable": final["trainable"], "strategy": found["strategy"],
                 "seconds": spent(self.folder),
-                "command": " ".join(["searchpet", *words[:-3]]).replace(self.data, "DIR")}
+                "command": " ".join(["searchpet", *words]).replace(self.data, "DIR").replace(
+                    f"{Path(__file__).parent}/", "experiments/outer_loop/")}
         if self.way != "default":
             trials = self.trials()
             took: dict[str, list[float]] = defaultdict(list)
             for trial in trials:
-                if "reused" not in trial.user_attrs:
+                if trial.user_attrs.get("reused") is None:
                     took[trial.state.name].append(trial.user_attrs.get("seconds", 0.0))
             line |= {"trials": len(trials), **{
                 f"seconds_{name.lower()}": round(statistics.mean(values), 1)
@@ -105,7 +113,7 @@ class Arm:
             result = json.loads((self.folder / "found" / "result.json").read_text())
             return [(spent(self.folder), result["validation_score"])]
         points, best = [], 0.0
-        trials = [t for t in self.trials() if t.values]
+        trials = [t for t in self.trials() if t.state.name == "COMPLETE"]
         if trials:
             began = min(t.datetime_start for t in trials)
             for trial in sorted(trials, key=lambda t: t.datetime_complete):
@@ -121,13 +129,13 @@ def searchpet(words: Sequence[str]) -> None:
 
 
 def note(path: Path, seconds: float) -> None:
-    """Add seconds to what was spent before a stop."""
-    before = json.loads(path.read_text()) if path.is_file() else 0.0
-    path.write_text(json.dumps(round(before + seconds, 1)))
+    path.write_text(json.dumps(round(seconds, 1)))
 
 
 def spent(folder: Path) -> float:
-    return float(json.loads((folder / "seconds.json").read_text()))
+    """Seconds that an arm has taken so far; those of a process that was killed are not known."""
+    path = folder / SPENT
+    return float(json.loads(path.read_text())) if path.is_file() else 0.0
 
 
 def lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -77,7 +77,7 @@ class Plain(Sleeper):
             return random.Random(trial.number).random()
 
         asked = self.question
-        self.study.sampler = sampler_of(asked.sampler, os.getpid() + int(self.name))
+        self.study.sampler = sampler_of(asked.sampler, os.getpid() + int(self.name), asked.trials)
         self.study.optimize(objective, n_trials=asked.trials // self.study.user_attrs["workers"])
 
 

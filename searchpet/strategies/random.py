@@ -13,6 +13,7 @@ from searchpet.errors import unknown
 from searchpet.strategies import Problem, Ranking
 
 TRAINS = False
+LOOKS = False
 VARIANTS = ("module", "unit")
 
 

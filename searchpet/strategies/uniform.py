@@ -12,6 +12,7 @@ import torch
 from searchpet.strategies import Problem, Ranking
 
 TRAINS = False
+LOOKS = False
 SPACES = "uniform"  # the variant names a space of this folder
 
 
