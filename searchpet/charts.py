@@ -116,7 +116,8 @@ def transfer(rows: Sequence[Mapping[str, Any]], metric: str = "score") -> Figure
     """Transfer between tasks: structures found on the row's task, trained on the column's.
 
     rows: {source, target, score}; several of a pair are averaged, their spread stands below.
-    Framed: found on the task itself.  Raises InputError for rows that lack one of the three.
+    Framed: found on the task itself; where every task has that, colours are relative to it, since
+    tasks have metrics of their own.  Raises InputError for rows that lack one of the three.
     """
     pairs: dict[tuple[str, str], list[float]] = {}
     for row in rows:
@@ -131,13 +132,16 @@ def transfer(rows: Sequence[Mapping[str, Any]], metric: str = "score") -> Figure
     targets = sorted({target for _, target in pairs})
     sources = sorted({source for source, _ in pairs}, key=lambda s: (s not in targets, s))
     figure, (axes,) = sheet(0.95 * len(targets) + 3.4, 0.62 * len(sources) + 2.0)
-    values = [[statistics.fmean(pairs[s, t]) if (s, t) in pairs else math.nan for t in targets]
-              for s in sources]
+    own = {t: statistics.fmean(pairs[t, t]) for t in targets if (t, t) in pairs}
+    relative = len(own) == len(targets) and all(own.values())
+    values = [[statistics.fmean(pairs[s, t]) / (own[t] if relative else 1.0)
+               if (s, t) in pairs else math.nan for t in targets] for s in sources]
     image = axes.imshow(values, cmap="cividis", aspect="auto")
     low, high = image.get_clim()
     for r, source in enumerate(sources):
         for c, target in enumerate(targets):
-            _score(axes, pairs.get((source, target), []), c, r, (low or 0.0, high or 1.0))
+            shade = (values[r][c] - (low or 0.0)) / max(1e-12, (high or 1.0) - (low or 0.0))
+            _score(axes, pairs.get((source, target), []), c, r, shade)
             if source == target:
                 axes.add_patch(frame(c, r, 0.92, "white", f"own-{r}"))
     axes.set_xticks(range(len(targets)), [short(t, 18) for t in targets], rotation=30, ha="right",
@@ -147,21 +151,23 @@ def transfer(rows: Sequence[Mapping[str, Any]], metric: str = "score") -> Figure
     axes.tick_params(length=0)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    figure.colorbar(image, ax=axes, label=short(metric), pad=0.03)
+    label = "relative to the task's own" if relative else short(metric)
+    figure.colorbar(image, ax=axes, label=label, pad=0.03)
     return figure
 
 
 def _score(axes: Axes, scores: Sequence[float], x: float, y: float,
-           limits: tuple[float, float]) -> None:
-    """A cell's number, dark on bright and bright on dark; the spread of several below it."""
+           shade: float) -> None:
+    """A cell's number, dark on bright (a shade of 1) and bright on dark; the spread of several
+    below it.
+    """
     if not scores:
         axes.text(x, y, "–", ha="center", va="center", color=GREY)
         return
     mean = statistics.fmean(scores)
-    place = (mean - limits[0]) / max(1e-12, limits[1] - limits[0])
     spread = f"\n±{statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
     axes.text(x, y, f"{mean:.3f}{spread}", ha="center", va="center", fontsize=9,
-              color="white" if place < 0.55 else BLACK, gid=f"score-{y:g}-{x:g}")
+              color="white" if shade < 0.55 else BLACK, gid=f"score-{y:g}-{x:g}")
 
 
 @drawn

@@ -203,7 +203,7 @@ def crowd(matches: Iterable[Match]) -> None:
     whole = [m for m in matches if m.shares]
     for m in whole:
         for place in m.shares:
-            meet[place].add((m.entry.role, m.entry.layer))
+            meet[place].add((m.entry.path, m.entry.layer))
     for m in whole:
         most = max(len(meet[place]) for place in m.shares)
         if most > 1:

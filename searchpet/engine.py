@@ -26,7 +26,7 @@ from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
 from searchpet.settings import Settings, asked
-from searchpet.spec import Spec
+from searchpet.spec import BackboneId, Spec
 from searchpet.teach import losses, taught
 
 __all__ = ["Result", "apply", "evaluate", "load", "merge", "predict", "search", "train"]
@@ -179,12 +179,14 @@ def train(
         chosen, command="train", spec=found.hash if found else None, reference=reference,
         sweep=sweep, distill=distill, recovery=_plain(terms, recovery), test=test), resume)
     if folder.has("result.json"):
-        return Result(folder.path, found, folder.read_json("result.json"))
+        there = Spec.load(folder.path) if found else None
+        return Result(folder.path, there, folder.read_json("result.json"))
     session = open_session(chosen, listener)
     check_test(session, test)
     if found:
         _teach(session, folder, distill, terms)
         check_backbone(session, found)
+        found = _at_home(session, found)
         if bits := read_bits(found):
             folder.write_tensors(MASK_FILE, bits)
         folder.write_text("spec.json", found.text())
@@ -242,6 +244,14 @@ def check_backbone(session: Session, spec: Spec) -> None:
                          f"{spec.backbone.name}, but --model is {session.identity.name}, another "
                          "architecture; search on that model instead, or carry the spec over: "
                          "searchpet transfer SPEC --model OTHER")
+
+
+def _at_home(session: Session, spec: Spec) -> Spec:
+    """The spec, of the weights that it is trained on: they may be others of its architecture."""
+    if session.identity.revision == spec.backbone.revision:
+        return spec
+    mine = BackboneId(**asdict(session.identity))
+    return spec.model_copy(update={"backbone": mine})
 
 
 def control(session: Session, folder: RunFolder, ask: Ask, number: int, test: bool,

@@ -105,12 +105,12 @@ def _write(form: str, folder: RunFolder, spec: Spec, trained: Trained, partial: 
            model: str | None) -> tuple[About, dict[str, Any]]:
     """The export's files but README.md; what it is and what was measured on it."""
     name = model or origin(folder) or spec.backbone.name
-    tokenizer = load_tokenizer(name)
+    revision = None if model or origin(folder) else spec.backbone.revision
+    tokenizer = load_tokenizer(name, revision=revision)
     applied = restore(folder.path, model, remove=False if form == "peft" else None,
                       task=trained.task)
     tensors = part_of(*read_delta(folder), trained.task)[0]
     head = frozenset(n.removeprefix("head/") for n in tensors if n.startswith("head/"))
-    revision = None if model or origin(folder) else spec.backbone.revision
 
     def fresh() -> nn.Module:
         found: nn.Module = load_backbone(
@@ -144,7 +144,12 @@ def observed(applied: nn.Module, head: frozenset[str], fresh: Callable[[], nn.Mo
 
 def _about(folder: RunFolder, spec: Spec, trained: Trained, more: dict[str, Any]) -> About:
     result = folder.result() if folder.has("result.json") else {}
-    score = (f"{result['score']:.4f} {result['metric']} on {result['split']}" if result else "")
+    score = ""
+    if result:
+        own = f"{trained.task}/{trained.metrics[0]}"  # of a run on several tasks
+        value, metric = ((result["metrics"][own], trained.metrics[0])
+                         if own in result["metrics"] else (result["score"], result["metric"]))
+        score = f"{value:.4f} {metric} on {result['split']}"
     budget = spec.budget
     return About(
         backbone=spec.backbone.name, revision=spec.backbone.revision, task=trained.task,

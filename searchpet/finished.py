@@ -82,8 +82,10 @@ def predict(run: str | Path, file: str | Path, *, task: str | None = None,
 
 def _with_tokenizer(run: str | Path, model: str | None, task: str | None) -> tuple[Any, Any]:
     spec = Spec.load(run)
-    name = model or origin(RunFolder(run)) or spec.backbone.name
-    return restore(run, model, task=task), load_tokenizer(name)
+    own = model or origin(RunFolder(run))
+    revision = None if own else spec.backbone.revision
+    return restore(run, model, task=task), load_tokenizer(own or spec.backbone.name,
+                                                          revision=revision)
 
 
 def learned(run: str | Path, task: str) -> tuple[str, str]:

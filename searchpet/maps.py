@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Any
 
@@ -86,15 +87,26 @@ def _entries(kinds: Sequence[str], *found: Outline) -> list[Any]:
     return entries
 
 
+def _comparable(specs: Sequence[Spec | Outline]) -> list[Outline]:
+    """Structures whose coordinates mean the same.  Raises InputError for other ones."""
+    found = [_read(spec) for spec in specs]
+    for one in found[1:]:
+        if one.home != found[0].home:
+            raise InputError("structures must be on one architecture for their coordinates to be "
+                             f"compared, but {found[0].title} and {one.title} are on two; draw "
+                             "each on its own, or see searchpet transfer")
+    return found
+
+
 @drawn
 def changes(first: Spec | Outline, second: Spec | Outline) -> Figure:
     """Two structures on one scale, and what the second has that the first has not.
 
     In the third map, bars up are coordinates that only the second keeps, bars down those that
     only the first does; at a mask, how much more the one keeps than the other.
-    Raises InputError for structures that have no role in common.
+    Raises InputError for structures on different backbones.
     """
-    a, b = _read(first), _read(second)
+    a, b = _comparable([first, second])
     if not set(a.rows) & set(b.rows):
         raise InputError("two structures must have a role in common to be compared, but "
                          f"{a.title} and {b.title} have none; draw each on its own")
@@ -199,15 +211,14 @@ def frequency(specs: Sequence[Spec | Outline]) -> Figure:
     structures that keep one, on the mean: 1/N where no two agree, 1 where all do.  The bars: how
     many coordinates are kept by exactly k of N.  Raises InputError for fewer than two.
     """
-    found = [_read(spec) for spec in specs]
-    if len(found) < 2:
-        raise InputError(f"a selection frequency needs two specs or more, but got {len(found)}; "
+    if len(specs) < 2:
+        raise InputError(f"a selection frequency needs two specs or more, but got {len(specs)}; "
                          "search again with --seed 1 and give both")
+    found = _comparable(specs)
     wide, ks = width(len(columns(found))), range(1, len(found) + 1)
     figure, (axes, bars) = sheet(wide + SIDE + 3.2, max(3.6, height(found) + 1.3), 1, 2,
                                  width_ratios=[wide + SIDE, 3.2])
-    board = Board(axes, [Outline(o.title, o.rows, o.layers, o.places, (), o.exact) for o in found],
-                wide)
+    board = Board(axes, [replace(o, shares=()) for o in found], wide)
     counts = Counter(c for one in found for c in coordinates(one.places))
     table = _means(found, counts)
     values = [[table.get((row, layer), math.nan) for layer in board.columns] for row in board.rows]

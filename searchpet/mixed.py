@@ -22,6 +22,9 @@ INPUTS = ("input_ids", "inputs_embeds", "pixel_values", "decoder_input_ids",
           "decoder_inputs_embeds")
 
 
+TOKENS_FIRST = ("led", "longformer", "xlnet")  # their tensors are (tokens, rows, .)
+
+
 class Turn:
     """Whose turn it is: one task's, or each row's own.
 

@@ -64,7 +64,8 @@ class Share:
 @dataclass(frozen=True)
 class Outline:
     """rows: (part, role), all that the backbone has where that is known;  layers: blocks of the
-    deepest part;  exact: parameters are parameters, and no stand-in;  title: of which spec.
+    deepest part;  exact: parameters are parameters, and no stand-in;  title: of which spec;
+    home: of which architecture, its hash.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Outline:
     places: tuple[Place, ...]
     shares: tuple[Share, ...]
     exact: bool
+    home: str = ""
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -127,7 +129,7 @@ def outline(spec: Spec, sites: Sequence[Site] | None = None) -> Outline:
     blocks = [place.layer - 1 for place in places if place.row[1] == "norm.final"]
     blocks += [s.layer for s in sites if s.form != "norm"] + [s.layer for s in shares]
     return Outline(spec.hash[:8], ordered(rows), max([0, *depths, *blocks]) + 1, places, shares,
-                   exact)
+                   exact, spec.backbone.config_hash)
 
 
 def ordered(rows: Iterable[Row]) -> tuple[Row, ...]:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import math
@@ -30,6 +31,7 @@ from searchpet.curves import (
 from searchpet.errors import InputError, unknown
 from searchpet.maps import changes, frequency, parameters, structure
 from searchpet.run import RunFolder
+from searchpet.shelf import at
 from searchpet.spec import Spec
 
 __all__ = ["FIGURES", "Learning", "Scored", "budget", "changes", "cost", "draw", "frequency",
@@ -59,7 +61,7 @@ def draw(inputs: Sequence[str | Path], figure: str | None = None, task: str | No
     transfer between tasks, another one the budget curve.  task: of a table with several.
     Raises InputError for what cannot be drawn so.
     """
-    paths = [Path(item) for item in inputs]
+    paths = [at(item) for item in inputs]
     for path in paths:
         if not path.exists():
             raise InputError(f"plot takes specs, folders of runs, or tables of results, but "
@@ -177,12 +179,33 @@ def _rows(path: Path) -> list[dict[str, Any]]:
         rows: list[Any] = list(csv.DictReader(text.splitlines()))
     else:
         try:
-            rows = [json.loads(line) for line in text.split("\n")[:-1] if line.strip()]
+            *lines, last = text.split("\n")
+            rows = [json.loads(line) for line in lines if line.strip()]
+            with contextlib.suppress(ValueError):
+                rows += [json.loads(last)]
         except ValueError as error:
             raise InputError(f"{path} must hold one result per line, but: {error}") from error
     if not rows or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"a table of results must have rows, but {path} has none")
     return rows
+
+
+def _transfers(paths: Sequence[Path], task: str | None) -> Figure:
+    """Rows with source, target and score; or those of a grid whose methods are `from TASK` (`on`
+    in its file), other methods by their own names.  Raises InputError for several splits or
+    metrics of one target.
+    """
+    rows = [row if "source" in row or "method" not in row else
+            {**row, "source": str(row["method"]).removeprefix("from "), "target": row.get("task")}
+            for path in paths for row in _rows(path)]
+    rows = [row for row in rows if task in (None, row.get("target"))]
+    for target in sorted({str(row.get("target")) for row in rows}):
+        sorts = {(row.get("budget"), row.get("metric"), row.get("split"))
+                 for row in rows if row.get("target") == target}
+        if len(sorts) > 1:
+            raise InputError("a transfer matrix must have one budget, metric and split for each "
+                             f"task, but {target} has {len(sorts)} of them; give a table of one")
+    return transfer(rows)
 
 
 def _of_spec(drawn: Callable[[Spec], Figure]) -> Callable[[Sequence[Path], str | None], Figure]:
@@ -219,7 +242,6 @@ FIGURES: dict[str, Kind] = {
     "learning": Kind(_learning, 1, 1, RUN),
     "budget": Kind(_of_scores(budget), 1, None, RESULTS),
     "cost": Kind(_of_scores(cost), 1, None, RESULTS),
-    "transfer": Kind(lambda paths, task: transfer([r for p in paths for r in _rows(p)]), 1, None,
-                     "tables with source, target and score"),
+    "transfer": Kind(_transfers, 1, None, "tables with source, target and score, or of a grid"),
     "front": Kind(_front, 1, 1, "run of tune"),
 }

@@ -25,6 +25,7 @@ from searchpet.engine import Result
 from searchpet.errors import InputError
 from searchpet.outline import Outline, outline
 from searchpet.page import render
+from searchpet.propose import SMALLER
 from searchpet.recall import command_of
 from searchpet.run import RunFolder
 from searchpet.spec import Spec
@@ -45,7 +46,7 @@ FILES = {
     "inherit.safetensors": "what the search has learned",
     "transfer.json": "what became of each entry", "source.json": "the spec that was carried over",
     "space.toml": "the winner's space",
-    "study.db": "the trials"}
+    "study.db": "the trials", "study.json": "which study this is of"}
 
 
 def write(run: str | Path) -> Path:
@@ -82,15 +83,21 @@ def reported(job: Callable[P, Result]) -> Callable[P, Result]:
     @functools.wraps(job)
     def run(*args: P.args, **kwargs: P.kwargs) -> Result:
         result = job(*args, **kwargs)
-        if launch.leader() and RunFolder(result.path).has("result.json"):
-            try:
-                write(result.path)
-            except Exception as error:  # whatever it is, the run itself is done
-                with contextlib.suppress(OSError):
-                    RunFolder(result.path).log(warning=f"{FILE} could not be written: {error!r}")
+        own = [RunFolder(path) for path in sorted(result.path.glob(f"{SMALLER}/*"))]
+        for folder in [RunFolder(result.path), *own] if launch.leader() else ():
+            if folder.has("result.json"):
+                _written(folder)
         return result
 
     return run
+
+
+def _written(folder: RunFolder) -> None:
+    try:
+        write(folder.path)
+    except Exception as error:  # whatever it is, the run itself is done
+        with contextlib.suppress(OSError):
+            folder.log(warning=f"{FILE} could not be written: {error!r}")
 
 
 def _checked(values: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
@@ -121,12 +128,15 @@ def answer(values: Mapping[str, Any]) -> list[str]:
         ahead = 100 * (v["score"] - best["score"])
         how = "ahead of" if ahead > 0 else "behind" if ahead < 0 else "level with"
         by = f"{abs(ahead):.2f} points " if ahead else ""
-        said.append(f"That is {by}{how} {best['name']} ({best['score']:.4f}), the best of "
-                    f"{len(v['controls'])} controls under the same budget and with the same "
-                    "training.")
+        of = (f"{len(v['controls'])} usual settings, which were tried first" if v["study"] else
+              f"{len(v['controls'])} controls under the same budget and with the same training")
+        said.append(f"That is {by}{how} {best['name']} ({best['score']:.4f}), the best of {of}.")
         said.append("This is one seed, and one draw of each control row: differences of a few "
                     "points can be chance. Repeat the command with --seed 1 and --seed 2 before "
                     "you build on them.")
+    elif v["study"]:
+        said.append("The other trials of its study were judged by validation: searchpet trials "
+                    "shows them.")
     elif v["strategy"] not in ("full", "head"):
         said.append("It was trained without controls, so this page cannot say whether another "
                     "structure of its size would do as well; searchpet search trains some.")

@@ -123,8 +123,6 @@ def again(study: Study, trial: FrozenTrial) -> None:
     """
     trial = copy.deepcopy(trial)
     trial.user_attrs.pop(WORKER, None)
-    trial.system_attrs = {  # it is compared from its first rung on
-        k: v for k, v in trial.system_attrs.items() if not k.startswith("completed_rung")}
     if VERSION not in trial.user_attrs:
         trial.params, trial.distributions = {}, {}
     with warnings.catch_warnings():

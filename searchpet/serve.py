@@ -30,7 +30,7 @@ from searchpet.apply import apply, grafts, write_tensors
 from searchpet.errors import InputError, unknown
 from searchpet.grafts import Grafts, register
 from searchpet.learned import Learned, backbone_of, learned
-from searchpet.mixed import After, Before, Check, Switch, Turn, rows_of
+from searchpet.mixed import TOKENS_FIRST, After, Before, Check, Switch, Turn, rows_of
 from searchpet.saving import DELTA_FILE, Saved, fingerprint
 from searchpet.stored import Trained, name_labels
 
@@ -96,6 +96,10 @@ class Served(nn.Module):
                 raise unknown("task", name, self.labels)
         if not names:
             raise InputError("set_task must be given a task, or one for each row, but got none")
+        kind = getattr(self.owner[0].config, "model_type", "")
+        if not isinstance(names, str) and kind in TOKENS_FIRST:
+            raise InputError(f"rows with tasks of their own need modules that see rows first, but "
+                             f"those of {kind} see tokens first; set one task for the batch")
         self.turn.set(names)
         if self.switches:
             self._tell([names] if isinstance(names, str) else names)

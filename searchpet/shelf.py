@@ -32,6 +32,10 @@ CARD = "card.json"
 HUB = re.compile(r"hf:/{0,2}([\w.\-]+/[\w.\-]+)(?:/([A-Za-z0-9][\w.\-]*))?")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,99}")
 _LARGEST = 1000**2  # bytes of a card
+ASKED = ("task", "metric", "split", "score")  # what a card has of a run
+
+
+Count = Annotated[int, Field(ge=0, le=10**15)]
 
 
 class Card(BaseModel):
@@ -42,17 +46,17 @@ class Card(BaseModel):
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     spec_hash: str
     backbone: str
-    parameters: int
+    parameters: Count
     budget: str
-    limit: int
-    used: int
+    limit: Count
+    used: Count
     keep: str | None = None
     task: str | None = None
     strategy: str | None = None
     command: str | None = None
     metric: str | None = None
     split: str | None = None
-    score: float | None = None
+    score: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 def folder_of(where: str | None) -> Path:
@@ -111,7 +115,10 @@ def read(folder: Path) -> Card:
         raise InputError(f"{file}: {first_problem(error)}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} must be the card of a spec, but: {error}") from error
-    if card.name != folder.name or card.sha256 != digest:
+    spec = Spec.load(folder)
+    said = _card(spec, card.name, digest, card.model_dump(include={*ASKED, "strategy", "command"}))
+    if card.name != folder.name or card != said or not all(
+            value.isprintable() for value in card.model_dump().values() if isinstance(value, str)):
         raise InputError(f"{file} must be of the spec.json beside it, but is of another; add the "
                          "spec again")
     return card
@@ -120,14 +127,16 @@ def read(folder: Path) -> Card:
 def add(source: str | Path, where: str | None = None, name: str | None = None) -> Card:
     """Put a spec on a shelf, with what its run says of it; on the hub, push it.
 
-    source: as in `at`;  name: by default that of its folder, or of the file.
+    source: as in `at`;  name: by default that of its folder, or of the file, with `_` for what a
+    name cannot hold.
     Raises InputError where the name is taken, or the spec is damaged.
     """
     path = at(source)
     spec = Spec.load(path)
     own = path if path.is_dir() else path.parent
-    name = name or (path.name if path.is_dir() else own.name if path.name == "spec.json" else
-                    path.stem)
+    if name is None:
+        said = path.name if path.is_dir() else own.name if path.name == "spec.json" else path.stem
+        name = re.sub(r"[^A-Za-z0-9_.\-]+", "_", said).lstrip("_.-")
     if not _NAME.fullmatch(name):
         raise InputError("a spec's name must be of letters, digits, `_`, `.` and `-`, but got "
                          f"{name!r}; give --name")
@@ -160,13 +169,12 @@ def _place(new: Path, shelf: Path) -> None:
 
 def _known(folder: Path, path: Path, spec: Spec) -> dict[str, Any]:
     """What is known of a spec's score: from a card beside it, or from its run."""
-    asked = ("task", "metric", "split", "score")
     if (folder / CARD).is_file():
-        return read(folder).model_dump(include={*asked, "strategy", "command"})
+        return read(folder).model_dump(include={*ASKED, "strategy", "command"})
     if (path.is_dir() or path.name == "spec.json") and (folder / "result.json").is_file():
         result = RunFolder(folder).result()
         if result["spec_hash"] == spec.hash:
-            return {name: result[name] for name in asked}
+            return {name: result[name] for name in ASKED}
     return {}
 
 

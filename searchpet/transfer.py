@@ -186,7 +186,7 @@ def carry(spec: Spec, identity: Identity, model: nn.Module, budget: str | None, 
     source, target = source_of(spec), Target(sites)
     same = spec.backbone.config_hash == home.config_hash
     limits = _budget(spec, budget, identity.parameters)
-    if same and limits.limit == spec.budget.limit:
+    if same and not head and limits.limit == spec.budget.limit:
         moved = spec.model_copy(update={"backbone": home})
         matches = [Match(entry, "mapped", "the same architecture") for entry in spec.entries]
         return moved, _report(spec, moved, matches, target, ["the same architecture: every entry "

@@ -202,8 +202,9 @@ def finish(study: Study, question: Question, session: Session, folder: RunFolder
     now = standing(study)
     values = {
         **values_of(session, spec, row, test), "strategy": spec.provenance["strategy"],
-        "space": spec.provenance["space"], "controls": _known_good(study, question, best),
-        "full_finetune": None,
+        "space": spec.provenance["space"], "full_finetune": None,
+        # trials were judged by validation: beside a test score theirs would mislead
+        "controls": [] if test else _known_good(study, question, best),
         "study": {
             "name": study.study_name, "trial": best.number, "trials": now.finished,
             "pruned": now.pruned, "failed": now.failed, "params": best.params,

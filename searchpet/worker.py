@@ -86,6 +86,13 @@ class Worker:
         with self.session.fresh(self.question.settings.seed) as model:
             return discover(model)
 
+    @cached_property
+    def _noise(self) -> float:
+        """One standard error of the difference between two shares near one half of the validation
+        rows.
+        """
+        return math.sqrt(0.5 / len(self.session.splits["validation"]))
+
     def work(self) -> None:
         """Take trials until there are enough, and none is left behind by a worker that died."""
         with self._held:
@@ -112,7 +119,7 @@ class Worker:
         a study that was cut off goes on to the same trials.
         """
         q = self.question
-        self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs)
+        self.study.pruner = pruner(q.pruner if q.prunes else "none", q.rungs, self._noise)
         running: list[Trial] = []
         lost: list[int] = []
 

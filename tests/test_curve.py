@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from searchpet import cli, plot, report
+from searchpet.engine import Result
 from searchpet.plot import results
 from searchpet.run import RunFolder
 from searchpet.spec import Spec
@@ -62,6 +63,17 @@ def test_every_structure_is_a_run(place: Path) -> None:
     scored = results(values, run)
     assert sorted(one.parameters for one in scored) == [25, 60, 254]
     assert len(plot.draw([run], "budget").axes) == 1
+
+
+def test_the_smaller_runs_have_pages_too(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "write", write)
+    run = shutil.copytree(place / "run", tmp_path / "run")
+    spec, values = Spec.load(run), RunFolder(run).result()
+    report.reported(lambda: Result(run, spec, values))()
+    pages = sorted(str(page.relative_to(run)) for page in run.rglob("report.html"))
+    assert pages == ["budgets/25/report.html", "budgets/60/report.html", "report.html"]
 
 
 def test_the_page_shows_the_curve(place: Path, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
 import searchpet
 from searchpet import engine, once
@@ -170,6 +172,45 @@ def test_a_budget_may_count_the_head(common: dict[str, Any], tmp_path: Path) -> 
     assert use.counts == "deltas and head" and use.used + use.slack == use.limit == 80
     assert result.values["trainable"] == use.used - head
     assert torch.is_tensor(searchpet.load(result.path).classifier.weight)
+
+
+def test_a_budget_that_counts_the_head_is_of_the_tasks_own(
+    common: dict[str, Any], tmp_path: Path
+) -> None:
+    found = searchpet.search(**common, budget="80", count_head=True, strategy="random:unit",
+                             controls=0, out=tmp_path / "run")
+    (three := tmp_path / "three").mkdir()
+    for split in ("train", "validation"):
+        (three / f"{split}.jsonl").write_text("".join(
+            json.dumps({"text": f"a film {i} {split}", "label": i % 3}) + "\n" for i in range(12)))
+    with pytest.raises(InputError, match=r"but this one is for 66 parameters and the head has 99; "
+                                         "carry it over: searchpet transfer"):
+        searchpet.train(found.path, **common | {"task": str(three)}, out=tmp_path / "no")
+    with pytest.raises(InputError, match="must exceed its 99 parameters"):
+        searchpet.transfer(found.path, **common | {"task": str(three)}, out=tmp_path / "less")
+    moved = searchpet.transfer(found.path, **common | {"task": str(three)}, budget="110",
+                               out=tmp_path / "more")
+    use = Spec.load(moved.path).budget
+    assert use.used + use.slack == use.limit == 110 and use.used > 99
+
+
+def test_a_spec_is_at_home_on_the_weights_that_it_was_trained_on(
+    common: dict[str, Any], found: engine.Result, tiny_folder: Path, tmp_path: Path
+) -> None:
+    model = transformers.AutoModel.from_pretrained(tiny_folder)
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.5)
+    shutil.copytree(tiny_folder, other := tmp_path / "other")
+    model.save_pretrained(other)
+    result = searchpet.train(found.path, **common | {"model": str(other)}, out=tmp_path / "run")
+    spec = Spec.load(result.path)
+    assert spec.entries == found.spec.entries
+    assert spec.backbone.revision != found.spec.backbone.revision
+    assert spec.hash == result.values["spec_hash"] == result.spec.hash
+    assert engine.evaluate(result.path)["accuracy"] == result.values["score"]
+    again = searchpet.train(found.path, **common | {"model": str(other)}, out=tmp_path / "run",
+                            resume=True)
+    assert again.spec.hash == spec.hash
 
 
 @pytest.mark.parametrize(("wrong", "message"), [

@@ -231,6 +231,46 @@ def test_transfer_has_a_number_in_each_cell_and_frames_what_is_at_home() -> None
         plot.transfer([{"source": "a", "score": 1}])
 
 
+def test_colours_of_a_transfer_are_relative_to_the_tasks_own() -> None:
+    scores = {("a", "a"): 0.9, ("b", "a"): 0.45, ("b", "b"): 0.2, ("a", "b"): 0.1}
+    rows = [{"source": s, "target": t, "score": v} for (s, t), v in scores.items()]
+    figure = plot.transfer(rows)
+    image = figure.axes[0].images[0]
+    assert image.get_array().tolist() == [[1.0, 0.5], [0.5, 1.0]]
+    assert figure.axes[1].get_ylabel() == "relative to the task's own"
+    assert plot.transfer([rows[0], rows[3]]).axes[1].get_ylabel() == "score"  # none on b itself
+
+
+def test_a_grids_table_is_a_transfer_matrix(tmp_path: Path) -> None:
+    rows = [{"task": t, "method": m, "budget": "1%", "metric": "accuracy", "split": "test",
+             "seed": s, "score": 0.5 + 0.1 * s}
+            for t in "ab" for m in ("from a", "from b", "shared") for s in range(2)]
+    table = tmp_path / "results.jsonl"
+    table.write_text("\n".join(map(json.dumps, rows)))  # the last line without its end
+    axes = plot.draw([table], "transfer").axes[0]
+    assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b", "shared"]
+    assert {t.get_text() for t in axes.texts} == {"0.550\n±0.071"}
+    assert len(plot.draw([table], "transfer", "a").axes[0].get_xticklabels()) == 1
+    table.write_text("".join(json.dumps(row | {"split": row["seed"]}) + "\n" for row in rows))
+    with pytest.raises(InputError, match="metric and split for each task, but a has 2"):
+        plot.draw([table], "transfer")
+
+
+def test_a_spec_on_a_shelf_is_drawn_by_its_name(tmp_path: Path) -> None:
+    figure = plot.draw(["searchpet:minilm-agreement-0.01"])
+    assert "2,271" in figure.get_suptitle() or any(
+        "2,271" in axes.get_title() + axes.get_title("left") for axes in figure.axes)
+
+
+def test_coordinates_of_two_architectures_are_not_compared() -> None:
+    specs = [families.spec_of(model, space := families.space(
+        model, families.rule("bias", "channel")), families.some(len(space), 0))
+        for model in map(families.model, ("bert", "roberta"))]
+    for draw in (lambda: plot.changes(*specs), lambda: plot.frequency(specs)):
+        with pytest.raises(InputError, match="must be on one architecture for their coordinates"):
+            draw()
+
+
 def test_the_front_is_apart_from_the_other_trials() -> None:
     trials = [{"score": 0.1 * i, "flops": float(i % 4)} for i in range(8)]
     figure = plot.front(trials, [i > 5 for i in range(8)], {"score": "score", "flops": "FLOPs"})

@@ -290,6 +290,10 @@ def test_runs_are_served(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         close(tiny.logits(model, batch)[row], expected[name][row])
     with pytest.raises(InputError, match="one that the run has learned, films, plays"):
         model.add_task("c", "both")
+    monkeypatch.setattr(model.config, "model_type", "xlnet")
+    model.set_task("a")
+    with pytest.raises(InputError, match="those of xlnet see tokens first; set one task"):
+        model.set_task(["a", "b", "a", "b"])  # as many rows as tokens: it could not be seen
 
 
 def test_runs_and_saved_folders_meet_on_one_backbone(

@@ -65,6 +65,26 @@ def test_a_score_of_another_structure_is_not_taken(run: Path, tmp_path: Path) ->
     assert shelf.add(run / "spec.json", str(tmp_path / "b")).name == "mine"
 
 
+def test_a_run_in_its_default_folder_has_a_name(run: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "agreement-all-MiniLM-L6-v2-0.001%,1%-bilevel-s0")
+    card = shelf.add(own, str(tmp_path / "a"))
+    assert card.name == "agreement-all-MiniLM-L6-v2-0.001_1_-bilevel-s0"
+    assert Spec.load(tmp_path / "a" / card.name) == Spec.load(run)
+
+
+@pytest.mark.parametrize("edit", [
+    {"used": 1}, {"parameters": 10**30}, {"budget": "1%"}, {"spec_hash": "0" * 64},
+    {"score": float("nan")}, {"task": "a\x1b[31mb"}, {"backbone": "someone/else"}])
+def test_a_card_says_what_its_spec_says(run: Path, tmp_path: Path, edit: dict[str, Any]) -> None:
+    shelf.add(run, str(tmp_path / "a"), "edited")
+    shelf.add(run, str(tmp_path / "a"), "good")
+    file = tmp_path / "a" / "edited" / "card.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | edit))
+    found, problems = shelf.cards(str(tmp_path / "a"))
+    assert [card.name for card in found] == ["good"]
+    assert len(problems) == 1 and "edited" in problems[0] and "\x1b" not in problems[0]
+
+
 def test_names_are_free_and_safe(run: Path, tmp_path: Path) -> None:
     where = str(tmp_path / "a")
     shelf.add(run, where)

@@ -69,6 +69,16 @@ def test_what_was_cut_off_is_compared_once(tmp_path: Path) -> None:
     assert decisions[0] == [True, False, True, True, True, True, False]
 
 
+def test_what_may_be_chance_decides_nothing(tmp_path: Path) -> None:
+    """At chance all scores are noise; pruning by it would keep whoever was lucky."""
+    study = study_in(tmp_path)
+    study.pruner = pruner("halving", RUNGS, noise=0.03)
+    assert not any(reported(study, value).should_prune()
+                   for value in (0.5, 0.51, 0.49, 0.52, 0.495, 0.5, 0.505, 0.49))
+    assert not reported(study, 0.7).should_prune()
+    assert reported(study, 0.48).should_prune()  # of nine, two go on: 0.7 and 0.52
+
+
 def test_hyperband_has_brackets_that_begin_later(tmp_path: Path) -> None:
     study, rungs = study_in(tmp_path), (20, 80, 320)
     study.pruner = pruner("hyperband", rungs)
@@ -102,7 +112,7 @@ class Scripted(Worker):
 
 
 def scripted(study: optuna.Study, script: Any, said: list[str], **given: Any) -> Scripted:
-    session: Any = SimpleNamespace()
+    session: Any = SimpleNamespace(splits={"validation": range(100)})
     worker = Scripted(asked(**given), study, session, Path(), said.append)
     worker.script = script
     return worker
@@ -139,8 +149,8 @@ def test_a_trial_without_memory_fails_alone(tmp_path: Path) -> None:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
             return {"score": 0.5}
 
-    nothing: Any = None
-    Hungry(asked(sampler="random"), study, nothing, tmp_path, said.append).work()
+    session: Any = SimpleNamespace(splits={"validation": range(100)})
+    Hungry(asked(sampler="random"), study, session, tmp_path, said.append).work()
     now = standing(study)
     assert (now.complete, now.failed) == (7, 1)
     assert "memory must hold a trial" in study.trials[1].user_attrs["failure"]

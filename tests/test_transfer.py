@@ -99,6 +99,21 @@ def test_a_spec_fits_the_other_family_within_its_budget(source: str, target: str
     assert moved.provenance == {} and Spec.parse(json.loads(moved.text())) == moved
 
 
+def test_stacks_that_meet_in_one_are_said_to() -> None:
+    """What was in encoder and decoder at one depth comes to one place."""
+    to = bert(2)
+    _, report = carried(found("t5"), to)
+    both: dict[str, set[bool]] = defaultdict(set)
+    for entry in report["entries"]:
+        for key in entry["to"]:
+            both[key].add("decoder" in entry["entry"])
+    shared = {key for key, stacks in both.items() if len(stacks) == 2}
+    assert shared
+    for entry in report["entries"]:
+        if set(entry["to"]) & shared:
+            assert entry["verdict"] == "approximated" and "share a site there" in entry["why"]
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_same_architecture_keeps_every_entry(family: str) -> None:
     spec = found(family)
