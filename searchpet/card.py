@@ -14,7 +14,9 @@ class About:
     """What an export says of itself.
 
     backbone, revision: as the spec names them; a local folder's revision is `sha256:` and a hash.
-    task, labels, fields, max_length, regression: of the task that the head is for.
+    task, labels, fields, max_length, regression: of the task that the head is for; of a model that
+        `save_pretrained` wrote, no task and no fields are known.
+    architecture: its class in transformers.
     budget, spec_hash: of the spec;  score: what the run measured, in words, if it did.
     kinds: how many positions each kind has.
     inputs: what the graph takes;  folders: of PEFT's adapters, in loading order, "" for this one.
@@ -24,13 +26,14 @@ class About:
     revision: str | None
     task: str
     labels: tuple[str, ...]
-    fields: tuple[str, ...]
-    max_length: int
-    regression: bool
     budget: str
     spec_hash: str
     score: str
     kinds: Mapping[str, int]
+    regression: bool = False
+    fields: tuple[str, ...] = ()
+    max_length: int = 0
+    architecture: str = "AutoModelForSequenceClassification"
     inputs: tuple[str, ...] = ()
     folders: Sequence[str] = field(default=())
 
@@ -49,13 +52,14 @@ def card(form: str, name: str, about: About, figures: Mapping[str, Any]) -> str:
     found = ", ".join(f"{count} {kind}" for kind, count in sorted(about.kinds.items()))
     facts = [
         ("backbone", f"{about.backbone}" + (f" at {about.revision}" if about.revision else "")),
-        ("task", f"{about.task} ({'a number' if about.regression else 'classes'})"),
+        ("task", f"{about.task or 'not known'} ({'a number' if about.regression else 'classes'})"),
         ("labels", ", ".join(about.labels) or "none, it predicts a number"),
         ("score", about.score or "not measured"), ("budget", about.budget),
         ("structure", f"{found} (positions by kind)"), ("spec", about.spec_hash),
         *((what, _figure(value)) for what, value in figures.items())]
     rows = "\n".join(f"| {what} | {_cell(value)} |" for what, value in facts)
-    return (f"{_front(form, about)}\n# {TITLES[form]} for {_cell(about.task)}\n\n"
+    what = _cell(about.task or about.architecture)
+    return (f"{_front(form, about)}\n# {TITLES[form]} for {what}\n\n"
             f"Found and trained by searchpet, and checked when it was written.\n\n"
             f"| | |\n|---|---|\n{rows}\n\n## Load it\n\n{_before(about, form)}"
             f"```python\n{snippet(form, name, about)}```\n")
@@ -93,17 +97,14 @@ def _peft(name: str, about: About) -> str:
     lines = [f"model = PeftModel.from_pretrained(model, {_path(first)})", *(
         f"model = PeftModel.from_pretrained(model.base_model.model, {_path(folder)})"
         for folder in rest)]
-    return ("import torch\nfrom peft import PeftModel\n"
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-            f"folder = {name!r}  # this one\n"
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-            "model = AutoModelForSequenceClassification.from_pretrained(\n"
-            f"    {about.backbone!r},\n{revision}    {outputs},\n"
-            f"    problem_type={kind!r},\n"
+    sort = f"    problem_type={kind!r},\n" if about.fields else ""
+    pad = ("model.config.get_text_config().pad_token_id = tokenizer.pad_token_id\n"
+           if about.fields else "")
+    return ("import torch\nfrom peft import PeftModel\n" + _begin(name, about) +
+            f"model = {about.architecture}.from_pretrained(\n"
+            f"    {about.backbone!r},\n{revision}    {outputs},\n{sort}"
             "    dtype=torch.float32,\n    ignore_mismatched_sizes=True,  # the head is the "
-            "adapter's\n)\n"
-            "model.config.get_text_config().pad_token_id = tokenizer.pad_token_id\n"
-            + "\n".join(lines) + "\nmodel.eval()\n" + _ask(about))
+            "adapter's\n)\n" + pad + "\n".join(lines) + "\nmodel.eval()\n" + _ask(about))
 
 
 def _path(folder: str) -> str:
@@ -111,16 +112,21 @@ def _path(folder: str) -> str:
 
 
 def _merged(name: str, about: About) -> str:
-    return ("import torch\n"
-            "from transformers import AutoModelForSequenceClassification, AutoTokenizer\n\n"
-            f"folder = {name!r}  # this one\n"
-            "tokenizer = AutoTokenizer.from_pretrained(folder)\n"
-            "model = AutoModelForSequenceClassification.from_pretrained(folder).eval()\n"
-            + _ask(about))
+    return ("import torch\n" + _begin(name, about) +
+            f"model = {about.architecture}.from_pretrained(folder).eval()\n" + _ask(about))
+
+
+def _begin(name: str, about: About) -> str:
+    """Imports of transformers, the folder, and the tokenizer where the task's texts are known."""
+    tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)\n" if about.fields else ""
+    words = f"{about.architecture}, AutoTokenizer" if about.fields else about.architecture
+    return f"from transformers import {words}\n\nfolder = {name!r}  # this one\n{tokenizer}"
 
 
 def _ask(about: About) -> str:
     """The end of a snippet in torch."""
+    if not about.fields:
+        return "# model(**inputs).logits, of inputs as it was trained on\n"
     last = ("print(logits[:, 0].tolist())" if about.regression else
             "print([model.config.id2label[i] for i in logits.argmax(-1).tolist()])")
     return (f"batch = tokenizer({_texts(about)}, padding=True, truncation=True,\n"
@@ -129,6 +135,11 @@ def _ask(about: About) -> str:
 
 
 def _onnx(name: str, about: About) -> str:
+    if not about.fields:
+        return ("import onnxruntime\n\n"
+                f"folder = {name!r}  # this one\n"
+                "session = onnxruntime.InferenceSession(f\"{folder}/model.onnx\")\n"
+                f"# session.run([\"logits\"], inputs), with {', '.join(about.inputs)} in inputs\n")
     last = ("print(logits[:, 0].tolist())" if about.regression else
             f"labels = {list(about.labels)!r}\n"
             "print([labels[i] for i in logits.argmax(-1).tolist()])")

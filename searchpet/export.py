@@ -13,6 +13,7 @@ power of two.  A folder appears whole or not at all.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -25,20 +26,23 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from searchpet import __version__
-from searchpet.apply import DELTA_FILE, Trained, grafts, origin, part_of, read_delta, restore
+from searchpet.apply import DELTA_FILE, Trained, grafts, origin, restore
 from searchpet.backbone import load_backbone, load_tokenizer, quietly
 from searchpet.card import About, card
 from searchpet.errors import InputError, unknown
-from searchpet.finished import learned
+from searchpet.finished import learned as task_of
 from searchpet.landing import MANIFEST, files, free, landing
+from searchpet.learned import Learned, learned
 from searchpet.onnx_file import FILE, TRACED, run_onnx, write_onnx
 from searchpet.plain import folded, say_sizes
 from searchpet.portable import Adapter, adapters, effective, expected, stored
 from searchpet.probe import outputs, random_inputs, varied
 from searchpet.run import RunFolder
+from searchpet.saving import Saved, rebuild
 from searchpet.spec import Spec
 
 FORMATS = ("peft", "merged", "onnx")
+IMAGES, TOKENIZER = "preprocessor_config.json", "tokenizer_config.json"
 TOLERANCE = 1e-4  # of the largest logit, as `verify` allows
 NEEDS = {"peft": ("peft",), "merged": (), "onnx": ("onnx", "onnxscript", "onnxruntime")}
 
@@ -83,14 +87,13 @@ def export(run: str | Path, *, format: str = "peft", out: str | Path, model: str
         raise InputError(f"--format {format} needs {', '.join(lost)}, which this Python has not; "
                          "pip install 'searchpet[export]'")
     folder = RunFolder(Path(run).parent if Path(run).is_file() else run)
-    spec, target = Spec.load(folder.path), Path(out)
-    own = learned(folder.path, task)[0] if task is not None else None
-    trained = part_of(*read_delta(folder), own)[1]
-    same = {"run": {"spec_hash": spec.hash, "task": trained.task,
+    own = task_of(folder.path, task)[0] if task is not None else None
+    one, target = learned(own, folder.path), Path(out)
+    same = {"run": {"spec_hash": one.spec.hash, "task": one.task,
                     "tensors": folder.digest(DELTA_FILE)}}
     free(target, same, overwrite)
     with landing(target) as partial:
-        about, figures = _write(format, folder, spec, trained, partial, model)
+        about, figures = _write(format, one, partial, model)
         text = card(format, target.resolve().name, about, figures)
         (partial / "README.md").write_text(text, encoding="utf-8")
         for file in partial.rglob("*.safetensors"):  # which others make readable by us alone
@@ -101,24 +104,14 @@ def export(run: str | Path, *, format: str = "peft", out: str | Path, model: str
     return Export(target, values)
 
 
-def _write(form: str, folder: RunFolder, spec: Spec, trained: Trained, partial: Path,
-           model: str | None) -> tuple[About, dict[str, Any]]:
+def _write(form: str, one: Learned, partial: Path, model: str | None,
+           ) -> tuple[About, dict[str, Any]]:
     """The export's files but README.md; what it is and what was measured on it."""
-    name = model or origin(folder) or spec.backbone.name
-    revision = None if model or origin(folder) else spec.backbone.revision
-    tokenizer = load_tokenizer(name, revision=revision)
-    applied = restore(folder.path, model, remove=False if form == "peft" else None,
-                      task=trained.task)
-    tensors = part_of(*read_delta(folder), trained.task)[0]
-    head = frozenset(n.removeprefix("head/") for n in tensors if n.startswith("head/"))
-
-    def fresh() -> nn.Module:
-        found: nn.Module = load_backbone(
-            name, outputs=trained.outputs, regression=trained.type == "regression",
-            seed=1, revision=revision).model  # another head than any run begins with
-        return found
-
-    loaded = observed(applied, head, fresh, tokenizer.model_input_names)
+    folder, spec = one.folder, one.spec
+    fresh, tokenizer = _base(one, model)
+    applied = restore(folder.path, model, remove=False if form == "peft" else None, task=one.task)
+    loaded = observed(applied, frozenset(one.head), fresh,
+                      tokenizer.model_input_names if tokenizer else ())
     more: dict[str, Any] = {}
     if form == "peft":
         more["folders"] = to_peft(loaded, spec, partial, figures := {})
@@ -127,11 +120,42 @@ def _write(form: str, folder: RunFolder, spec: Spec, trained: Trained, partial: 
     else:
         figures = to_onnx(loaded, partial)
         more["inputs"] = tuple(loaded.batches[0])
-    tokenizer.name_or_path = spec.backbone.name  # a file must not tell our path
-    tokenizer.save_pretrained(partial)
+    if tokenizer is not None:
+        tokenizer.name_or_path = spec.backbone.name  # a file must not tell our path
+        tokenizer.save_pretrained(partial)
+    elif folder.has(IMAGES):
+        shutil.copyfile(folder.path / IMAGES, partial / IMAGES)
     sizes = {"bytes of the run's deltas": (folder.path / DELTA_FILE).stat().st_size,
              "bytes of the export": sum(files(partial).values())}
-    return _about(folder, spec, trained, more), {**figures, **sizes}
+    return _about(one, more), {**figures, **sizes}
+
+
+def _base(one: Learned, model: str | None) -> tuple[Callable[[], nn.Module], Any]:
+    """What builds the backbone with another head than any run begins with; the tokenizer, None
+    where `save_pretrained` wrote the folder and none lies in it.
+    """
+    about, folder = one.about, one.folder
+    if isinstance(about, Trained):
+        own = model or origin(folder)
+        name, revision = own or one.spec.backbone.name, None if own else one.spec.backbone.revision
+
+        def fresh() -> nn.Module:
+            found: nn.Module = load_backbone(
+                name, outputs=about.outputs, regression=about.type == "regression", seed=1,
+                revision=revision).model
+            return found
+
+        return fresh, load_tokenizer(name, revision=revision)
+
+    @torch.no_grad()
+    def again() -> nn.Module:
+        found = rebuild(folder, one.spec, about, model)
+        for name, p in found.named_parameters():
+            if name in about.head:
+                p.normal_(generator=torch.Generator().manual_seed(1))
+        return found
+
+    return again, load_tokenizer(str(folder.path)) if folder.has(TOKENIZER) else None
 
 
 def observed(applied: nn.Module, head: frozenset[str], fresh: Callable[[], nn.Module],
@@ -142,22 +166,32 @@ def observed(applied: nn.Module, head: frozenset[str], fresh: Callable[[], nn.Mo
     return Loaded(applied, head, fresh, batches, [outputs(applied, batch) for batch in batches])
 
 
-def _about(folder: RunFolder, spec: Spec, trained: Trained, more: dict[str, Any]) -> About:
-    result = folder.result() if folder.has("result.json") else {}
-    score = ""
-    if result:
-        own = f"{trained.task}/{trained.metrics[0]}"  # of a run on several tasks
-        value, metric = ((result["metrics"][own], trained.metrics[0])
-                         if own in result["metrics"] else (result["score"], result["metric"]))
-        score = f"{value:.4f} {metric} on {result['split']}"
-    budget = spec.budget
+def _about(one: Learned, more: dict[str, Any]) -> About:
+    spec, budget, about = one.spec, one.spec.budget, one.about
+    known: dict[str, Any] = {}
+    if isinstance(about, Trained):
+        known = {"fields": about.fields, "max_length": about.max_length,
+                 "regression": about.type == "regression"}
+    else:
+        known = {"architecture": about.architecture,
+                 "regression": about.problem_type == "regression"}
     return About(
-        backbone=spec.backbone.name, revision=spec.backbone.revision, task=trained.task,
-        labels=trained.labels, fields=trained.fields, max_length=trained.max_length,
-        regression=trained.type == "regression",
+        backbone=spec.backbone.name, revision=spec.backbone.revision, task=one.task or "",
+        labels=one.labels,
         budget=f"{budget.text}: {budget.used:,} of {budget.limit:,} parameters ({budget.counts})",
-        spec_hash=spec.hash, score=score, kinds=Counter(entry.kind for entry in spec.entries),
-        **more)
+        spec_hash=spec.hash, score=_score(one.folder, about),
+        kinds=Counter(entry.kind for entry in spec.entries), **known, **more)
+
+
+def _score(folder: RunFolder, about: Trained | Saved) -> str:
+    """What the run measured of the task, in words."""
+    if not folder.has("result.json") or not isinstance(about, Trained):
+        return ""
+    result = folder.result()
+    own = f"{about.task}/{about.metrics[0]}"  # of a run on several tasks
+    value, metric = ((result["metrics"][own], about.metrics[0]) if own in result["metrics"] else
+                     (result["score"], result["metric"]))
+    return f"{value:.4f} {metric} on {result['split']}"
 
 
 # --- formats ------------------------------------------------------------------------------------

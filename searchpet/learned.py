@@ -26,14 +26,19 @@ class Learned:
     about: Saved | Trained
 
     @property
+    def task(self) -> str | None:
+        """Its name; None where `save_pretrained` wrote the folder, which knows none."""
+        return self.about.task if isinstance(self.about, Trained) else None
+
+    @property
     def head(self) -> tuple[str, ...]:
         """Names of the head's parameters in the model."""
         return tuple(name.removeprefix("head/") for name in self.tensors
                      if name.startswith("head/"))
 
 
-def learned(name: str, place: str | Path) -> Learned:
-    """One task of a folder; of a run on several tasks, the one of this name.
+def learned(name: str | None, place: str | Path) -> Learned:
+    """One task of a folder; of a run on several tasks, the one of this name, which must be said.
 
     Raises InputError for a file that is damaged or of another spec.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import nn
 from searchpet import portable
 from searchpet.apply import apply
 from searchpet.errors import InputError
-from searchpet.export import observed, to_merged, to_onnx, to_peft
+from searchpet.export import export, observed, to_merged, to_onnx, to_peft
 from searchpet.spacefile import Rule
 from searchpet.spec import Spec
 from tests.laws import families as tiny
@@ -244,6 +245,34 @@ def test_a_name_is_matched_as_it_is() -> None:
     for name in names:
         key = rf"(.*\.)?({portable.pattern(name)})$"
         assert [other for other in names if re.match(key, other)] == [name]
+
+
+@pytest.mark.parametrize(("family", "form"), [
+    ("vit", "peft"), ("vit", "merged"), ("vit", "onnx"), ("bert", "peft"), ("llama", "merged"),
+    ("gpt2", "peft")])
+def test_what_save_pretrained_wrote_is_exported(family: str, form: str, tmp_path: Path) -> None:
+    mix = "lora" if form == "peft" else "all"
+    model, spec = applied(family, *rules(mix, family))
+    any_model: Any = model
+    any_model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "preprocessor_config.json").write_text("{}")
+    made = export(tmp_path / "saved", format=form, out=tmp_path / "out")
+    assert close(made.values["figures"])
+    assert made.values["run"] == {"spec_hash": spec.hash, "task": None, "tensors": hashlib.sha256(
+        (tmp_path / "saved" / "delta.safetensors").read_bytes()).hexdigest()}
+    assert (tmp_path / "out" / "preprocessor_config.json").is_file()
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert type(model).__name__ in text and "AutoTokenizer" not in text
+    if form == "onnx":
+        return
+    code = text.split("```python\n")[1].split("```")[0].replace(
+        "folder = 'out'", f"folder = {str(tmp_path / 'out')!r}")
+    code = code.replace(repr(spec.backbone.name), repr(str(tmp_path / "saved")))
+    room: dict[str, Any] = {}
+    with torch.random.fork_rng(devices=[]):
+        exec(code, room)
+    batch = observed(model, frozenset(), lambda: model).batches[1]
+    assert torch.allclose(tiny.logits(room["model"], batch), tiny.logits(model, batch), atol=1e-4)
 
 
 def test_layers_1_and_11_keep_their_own_ranks(tmp_path: Path,
