@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,13 +64,15 @@ class Bench:
 
     def progress(self, what: str) -> None:
         """Print a line with the trainings done and the time left, at the pace so far."""
-        done = len(self.results.rows()) + len(self.sweeps.rows())
+        swept = self.sweeps.rows().values()
+        done = len(self.results.rows()) + len(swept)
+        whole = trainings_of(self.grid) + sum(row["tau"] not in self.grid.taus for row in swept)
         self.before = done if self.before < 0 else self.before
         left = ""
         if done > self.before:
             pace = (time.monotonic() - self.began) / (done - self.before)
-            left = f", about {max(0, trainings_of(self.grid) - done) * pace / 60:.0f} min left"
-        self.say(f"[{done}/{trainings_of(self.grid)}{left}] {what}")
+            left = f", about {max(0, whole - done) * pace / 60:.0f} min left"
+        self.say(f"[{done}/{whole}{left}] {what}")
 
 
 def run_grid(file: str | Path, *, data: str | None = None, out: str | Path | None = None,
@@ -163,11 +165,30 @@ def _teaching(bench: Bench, cell: Cell, session: Session, terms: Recovery) -> Te
 
 def _best_tau(bench: Bench, cell: Cell, session: Session, method: Trainee,
               seconds: float) -> float:
-    """The tau with the best validation score; the first of equals."""
-    if len(bench.grid.taus) == 1:
-        return bench.grid.taus[0]
+    """The tau with the best validation score; the first of equals.
+
+    Where it is the largest or the smallest, more of them are tried beyond, as far as the grid
+    wants: a method must not be held back by the choice of taus.
+    """
+    taus = list(bench.grid.taus)
+    if len(taus) == 1:
+        return taus[0]
+    for beyond in range(bench.grid.stretch + 1):
+        scores = _swept(bench, cell, session, method, seconds, taus)
+        best = max(taus, key=scores.__getitem__)
+        ends = sorted(taus)
+        if beyond == bench.grid.stretch or best not in (ends[0], ends[-1]):
+            break
+        by = ends[0] / ends[1] if best == ends[0] else ends[-1] / ends[-2]
+        taus.append(float(f"{best * by:.2g}"))
+    return best
+
+
+def _swept(bench: Bench, cell: Cell, session: Session, method: Trainee, seconds: float,
+           taus: Sequence[float]) -> dict[float, float]:
+    """The validation score of each tau, trained where that is not done."""
     seed = bench.grid.seeds[0]
-    for tau in bench.grid.taus:
+    for tau in taus:
         if cell.key(0, seed, tau) not in bench.sweeps.rows():
             row = once.train(session, _sweep_folder(cell, tau), method, seed, tau=tau,
                              start=_start(cell, 0))
@@ -176,7 +197,7 @@ def _best_tau(bench: Bench, cell: Cell, session: Session, method: Trainee,
             bench.progress(f"{cell} sweep tau {tau:g}: {line['metric']} {line['score']:.4f} on "
                            "validation")
     rows = bench.sweeps.rows()
-    return max(bench.grid.taus, key=lambda tau: rows[cell.key(0, seed, tau)]["score"])
+    return {tau: rows[cell.key(0, seed, tau)]["score"] for tau in taus}
 
 
 def _final(bench: Bench, cell: Cell, session: Session, method: Trainee,

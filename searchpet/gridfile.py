@@ -16,7 +16,8 @@ says on what else; `inherit = true` starts the trainings from what the search ha
 task of the grid.  Methods that differ in such trainings alone share their structures: the search
 is done once.  A search is trained with every seed; with `paired = true` every training has a
 structure of its own instead, structure k with the k-th seed (from the first again after the last),
-so that a spread holds the search's own.  Names that mean something: `full`, `head` and
+so that a spread holds the search's own.  `stretch = 2` tries up to two taus more where the best
+one is at an end.  Names that mean something: `full`, `head` and
 `peft_default` (references, without a budget), `adalora` and `kappa` (PEFT's, within the budget),
 every strategy, `s3pet` (on the space `s3pet_mix`), and `default`: what the command line does with
 no choice made.
@@ -99,6 +100,7 @@ class GridFile(BaseModel):
     budgets: tuple[str | int, ...] = Field(default=("0.01%",), min_length=1)
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
     taus: tuple[float, ...] = Field(default=(0.03, 0.1, 0.3), min_length=1)
+    stretch: int = Field(default=0, ge=0)  # taus tried beyond the ends, while the best is there
     keep_flops: tuple[str, ...] = ()
     paired: bool = False  # a structure for each training
     space: str | None = None  # of methods that name none

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,29 @@ def test_paired_trainings_have_a_structure_each(home: Path, tiny_folder: Path) -
     assert len(specs) > 1  # not one structure three times
     done = len(rows) + len(lines(home / "paired", "sweep.jsonl"))
     assert any(line.startswith(f"[{done}/{done}") for line in said)  # the count was right
+
+
+@pytest.mark.parametrize(("best", "tried", "taken"), [
+    (0.1, [0.1, 0.3, 0.033], 0.1), (0.03, [0.1, 0.3, 0.033, 0.011], 0.033),
+    (9.0, [0.1, 0.3, 0.9, 2.7], 2.7)])
+def test_taus_go_on_beyond_the_end_where_the_best_is(
+    home: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, best: float,
+    tried: list[float], taken: float,
+) -> None:
+    """Two at most; the count of trainings follows."""
+    text = GRID.format(model=tiny_folder).split("methods")[0].replace('["1%", 40]', "[40]")
+    text = text.replace("[0.1, 1]", "[0.1, 0.3]") + 'stretch = 2\nmethods = ["random:unit"]\n'
+    (home / "stretch.toml").write_text(text)
+    row = {"trainable": 40, "train_seconds": 1.0}
+    monkeypatch.setattr("searchpet.grid.once.train", lambda *_, tau, **__: {
+        **row, "tau": tau, "score": -abs(math.log(tau / best))})
+    said: list[str] = []
+    out = home / f"stretch-{best}"
+    run_grid(home / "stretch.toml", data=str(home), out=out, say=said.append)
+    assert [r["tau"] for r in lines(out, "sweep.jsonl")] == tried
+    assert {r["tau"] for r in lines(out)} == {taken}
+    done = len(tried) + 2
+    assert any(line.startswith(f"[{done}/{done}") for line in said)
 
 
 def test_structures_of_one_task_are_trained_on_others(home: Path, tiny_folder: Path) -> None:
