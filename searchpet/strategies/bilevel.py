@@ -58,53 +58,64 @@ def search(
     law("bilevel.prior", prior, prior >= 0, "at least 0")
     law("bilevel.pace", pace, 0 <= pace <= 1, "in [0, 1]")
     law("bilevel.levels", levels, levels in (1, 2), "1 or 2")
-    net, limits, device = problem.net, problem.limits, problem.net.home
-    alpha = torch.zeros(len(problem.space), device=device, requires_grad=True)
-    learn = Learner(problem)
-    choose = torch.optim.Adam([alpha], lr=alpha_lr)
     phases = Phases(problem.steps, warmup, cold, ramp, hard)
-    prunes = problem.space.prunes.to(device)
-    apart = rows and not bool(prunes.any())
-
-    def gates(step: int, p: Tensor, batch: Batch) -> Tensor:
-        """A sample (units,), or one for every row of the batch; differentiable in alpha."""
-        z = concrete(p, phases.temperature(step), problem.generator,
-                     rows=processes.rows(batch) if apart else 0)
-        return straight_through(z, prunes) if phases.hard(step) else z
-
-    def choosing(batch: Batch, *others: torch.optim.Optimizer) -> Tensor:
-        """A step of alpha, and of others, on a batch."""
-        before = alpha.detach().clone()
-        loss = descend(problem, batch, choose, *others)
-        with torch.no_grad():
-            alpha.copy_(torch.where(prunes, before.lerp(alpha, pace), alpha))
-        return loss
-
+    gates = _Gates(problem, phases, alpha_lr, pace, rows)
+    learn = Learner(problem)
     loop = problem.loop(
-        problem.steps, alpha=alpha, weights=learn.weights, learn=learn, choose=choose)
+        problem.steps, alpha=gates.alpha, weights=learn.weights, learn=learn, choose=gates.learn)
     for step in loop:
         warm = phases.warm(step)
         learn.crowd(problem.crowd if warm else 1.0)
         if phases.starts(step):
-            alpha.data += prior * _start(problem).to(device)
-        p = limits.shift(alpha, ease=phases.ease(step))
+            gates.alpha.data += prior * _start(problem).to(gates.alpha.device)
+        p = gates.open(step)
         if warm:
-            net.z = torch.ones(len(alpha), device=device)
+            problem.net.z = torch.ones_like(gates.alpha)
             loss = descend(problem, problem.train[step], learn)
         elif levels == 1:
-            both = (problem.train, problem.valid)[step % 2][step]
-            net.z = gates(step, p, both)
-            loss = choosing(both, learn)
+            loss = gates.choose(step, p, (problem.train, problem.valid)[step % 2][step], learn)
         else:
-            valid, train = problem.valid[step], problem.train[step]
-            net.z = gates(step, p, valid)
-            choosing(valid)
+            gates.choose(step, p, problem.valid[step])
+            train = problem.train[step]
             with torch.no_grad():
-                net.z = gates(step, limits.shift(alpha, ease=phases.ease(step)), train)
+                problem.net.z = gates.sample(step, gates.open(step), train)
             loss = descend(problem, train, learn)
-        loop.report(loss=loss, **problem.gauge(step, p, limits.price(p.detach())))
-    score = limits.shift(alpha.detach()).cpu()
-    return Ranking(score, limits.fill(score, density=True))
+        loop.report(loss=loss, **problem.gauge(step, p, problem.limits.price(p.detach())))
+    score = problem.limits.shift(gates.alpha.detach()).cpu()
+    return Ranking(score, problem.limits.fill(score, density=True))
+
+
+class _Gates:
+    """The gates of a search: alpha (units,), what they are sampled from, and how it learns."""
+
+    def __init__(self, problem: Problem, phases: Phases, rate: float, pace: float, rows: bool,
+                 ) -> None:
+        self.problem, self.phases, self.pace = problem, phases, pace
+        device = problem.net.home
+        self.alpha = torch.zeros(len(problem.space), device=device, requires_grad=True)
+        self.learn = torch.optim.Adam([self.alpha], lr=rate)
+        self.prunes = problem.space.prunes.to(device)
+        self.apart = rows and not bool(self.prunes.any())
+
+    def open(self, step: int) -> Tensor:
+        """p (units,) at a step, within the limits of that step; differentiable in alpha."""
+        return self.problem.limits.shift(self.alpha, ease=self.phases.ease(step))
+
+    def sample(self, step: int, p: Tensor, batch: Batch) -> Tensor:
+        """A sample (units,), or one for every row of the batch; differentiable in alpha."""
+        z = concrete(p, self.phases.temperature(step), self.problem.generator,
+                     rows=processes.rows(batch) if self.apart else 0)
+        return straight_through(z, self.prunes) if self.phases.hard(step) else z
+
+    def choose(self, step: int, p: Tensor, batch: Batch, *others: torch.optim.Optimizer) -> Tensor:
+        """A step of alpha, and of others, on a batch with gates from p; its loss."""
+        self.problem.net.z = self.sample(step, p, batch)
+        before = self.alpha.detach().clone()
+        loss = descend(self.problem, batch, self.learn, *others)
+        with torch.no_grad():
+            slow = before.lerp(self.alpha, self.pace)
+            self.alpha.copy_(torch.where(self.prunes, slow, self.alpha))
+        return loss
 
 
 def _start(problem: Problem) -> Tensor:
