@@ -124,8 +124,11 @@ def read(folder: Path) -> Card:
     return card
 
 
-def add(source: str | Path, where: str | None = None, name: str | None = None) -> Card:
+def add(source: str | Path, where: str | None = None, name: str | None = None,
+        private: bool = False) -> Card:
     """Put a spec on a shelf, with what its run says of it; on the hub, push it.
+
+    private: a repository that is made for it is not for everybody.
 
     source: as in `at`;  name: by default that of its folder, or of the file, with `_` for what a
     name cannot hold.
@@ -151,7 +154,7 @@ def add(source: str | Path, where: str | None = None, name: str | None = None) -
             shutil.copyfile(own / MASK_FILE, new.path / MASK_FILE)
         new.write_json(CARD, card.model_dump(exclude_none=True))
         if hub and hub[2] is None:
-            _push(hub[1], new.path)
+            _push(hub[1], new.path, private)
         else:
             _place(new.path, folder_of(where))
     return card
@@ -211,22 +214,25 @@ def find(among: Iterable[Card], backbone: str | None = None, task: str | None = 
 
 
 def _pull(repository: str, name: str) -> Path:
-    """A snapshot of a repository's specs in the hub's cache."""
+    """A snapshot of a repository's specs in the hub's cache; of all, as they are now."""
     from huggingface_hub import HfApi  # here: only this shelf needs the client
 
     wanted: Sequence[str] = [f"{name}/{file}" for file in ("spec.json", CARD, MASK_FILE)]
+    api = HfApi()
     try:
-        return Path(HfApi().snapshot_download(repository, allow_patterns=list(wanted)))
+        if name == "*":  # offline, the next line would give an older list without a word
+            api.repo_info(repository)
+        return Path(api.snapshot_download(repository, allow_patterns=list(wanted)))
     except Exception as error:  # the hub's client and the layers below share no base class
         raise _unreachable(repository, "pull from", error) from error
 
 
-def _push(repository: str, folder: Path) -> None:
+def _push(repository: str, folder: Path, private: bool) -> None:
     from huggingface_hub import HfApi
 
     api = HfApi()
     try:
-        api.create_repo(repository, exist_ok=True)
+        api.create_repo(repository, exist_ok=True, private=private)
         taken = api.file_exists(repository, f"{folder.name}/spec.json")
         if not taken:
             api.upload_folder(repo_id=repository, folder_path=folder, path_in_repo=folder.name,

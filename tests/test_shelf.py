@@ -126,14 +126,21 @@ class Hub:
 
     root: Path
     error: Exception | None = None
+    offline = False
 
     def _path(self, repository: str) -> Path:
         if self.error:
             raise self.error
         return self.root / repository
 
-    def create_repo(self, repo_id: str, exist_ok: bool = False) -> None:
+    def create_repo(self, repo_id: str, exist_ok: bool = False, private: bool = False) -> None:
         self._path(repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        if private:
+            (self._path(repo_id) / ".private").touch()
+
+    def repo_info(self, repo_id: str) -> None:
+        if self.offline:
+            raise OSError("down")
 
     def file_exists(self, repo_id: str, filename: str) -> bool:
         return (self._path(repo_id) / filename).is_file()
@@ -169,6 +176,21 @@ def test_push_and_pull(run: Path, tmp_path: Path, hub: type[Hub], capsys: Any) -
     assert cli.main(["show", "hf:me/specs/mine"]) == 0
     assert cli.main(["specs", "list", "--on", "hf:me/specs"]) == 0
     assert "hf:me/specs/mine" in capsys.readouterr().out
+
+
+def test_a_repository_is_private_where_asked(run: Path, hub: type[Hub]) -> None:
+    for words in ([], ["--private"]):
+        name = f"me/{'-'.join(words) or 'open'}"
+        assert cli.main(["specs", "add", str(run), "--to", f"hf:{name}", *words]) == 0
+        assert (hub.root / name / ".private").is_file() == bool(words)
+
+
+def test_an_old_list_is_not_shown_as_the_new_one(run: Path, hub: type[Hub], capsys: Any) -> None:
+    shelf.add(run, "hf:me/specs")
+    hub.offline = True
+    assert Spec.load(shelf.at("hf:me/specs/mine")) == Spec.load(run)  # one that is there will do
+    assert cli.main(["specs", "list", "--on", "hf:me/specs"]) == 2
+    assert "must be reached" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("error", "line"), [

@@ -49,12 +49,14 @@ def add(
         "[default: $SEARCHPET_SPECS or ~/.searchpet/specs]")] = None,
     name: Annotated[str | None, typer.Option(
         "--name", help="Its name there; by default that of its folder.")] = None,
+    private: Annotated[bool, typer.Option(
+        "--private", help="A repository that is made for it is private.")] = False,
     json_: o.Json = False, debug: o.Debug = False,
 ) -> None:
     """Put a spec on a shelf with its score and provenance; from the hub, pull it."""
     from searchpet import carriedviews, shelf
 
-    card = shelf.add(source, to, name)
+    card = shelf.add(source, to, name, private)
     where = to if to else str(shelf.folder_of(None))
     answer(card.model_dump(), json_, lambda _: carriedviews.shelved([(where, card)]))
 
