@@ -131,19 +131,13 @@ def _count(model: nn.Module, spec: Spec, pet: list[Graft], head: frozenset[str])
     """Raise InputError unless the deltas cost what the spec says."""
     counted = sum(graft.parameters for graft in pet)
     if spec.budget.counts == "deltas and head":
-        own = sum(p.numel() for n, p in model.named_parameters() if n in head)
-        if counted + own != spec.budget.used:
-            raise InputError(
-                "a budget that counts the head must be made for the task's own, but this one is "
-                f"for {spec.budget.used - counted:,} parameters and the head has {own:,}; carry "
-                "it over: searchpet transfer SPEC --task NEW")
-        counted += own
+        counted += sum(p.numel() for n, p in model.named_parameters() if n in head)
     elif counted != spec.budget.used:
         raise InputError(f"a spec must cost what it says, {spec.budget.used:,} parameters, but "
                          f"its deltas have {counted:,}; it was edited or damaged")
     if counted > spec.budget.limit:
         raise InputError(f"a spec must stay within its budget of {spec.budget.limit:,} "
-                         f"parameters, but its deltas have {counted:,}")
+                         f"parameters, but its {spec.budget.counts} have {counted:,}")
 
 
 def load(run: str | Path, *, device: str = "cpu", remove: bool | None = None,

@@ -22,6 +22,7 @@ from searchpet.multitask import open_session, several
 from searchpet.once import values_of
 from searchpet.processes import first
 from searchpet.pruning import asked as prune_to
+from searchpet.realise import pet_grafts, structure
 from searchpet.recovery import Recovery
 from searchpet.run import Listener, RunFolder, silent
 from searchpet.session import Session
@@ -186,6 +187,7 @@ def train(
     if found:
         _teach(session, folder, distill, terms)
         check_backbone(session, found)
+        _check_head(session, found)
         found = _at_home(session, found)
         if bits := read_bits(found):
             folder.write_tensors(MASK_FILE, bits)
@@ -244,6 +246,20 @@ def check_backbone(session: Session, spec: Spec) -> None:
                          f"{spec.backbone.name}, but --model is {session.identity.name}, another "
                          "architecture; search on that model instead, or carry the spec over: "
                          "searchpet transfer SPEC --model OTHER")
+
+
+def _check_head(session: Session, spec: Spec) -> None:
+    """Raise InputError where a budget counts a head of another size than the session's."""
+    if spec.budget.counts != "deltas and head":
+        return
+    with session.fresh(session.settings.seed) as model:
+        deltas = pet_grafts(structure(spec, discover(model)), 0)
+    own = spec.budget.used - sum(graft.parameters for graft in deltas)
+    if own != session.head_size:
+        raise InputError(
+            f"a budget that counts the head must be made for the task's own, but this one is for "
+            f"{own:,} parameters and the head has {session.head_size:,}; carry it over: searchpet "
+            "transfer SPEC --task NEW")
 
 
 def _at_home(session: Session, spec: Spec) -> Spec:

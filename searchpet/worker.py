@@ -251,9 +251,7 @@ class Worker:
                 spec, score = self._rung(trial, folder, ask)
                 if q.prunes:
                     trial.report(score, steps)
-                    # asked of known-good ones too: it is what makes them a measure for others
-                    behind = trial.should_prune() and not known_good
-                    if behind and steps < q.rungs[-1]:
+                    if steps < q.rungs[-1] and not known_good and trial.should_prune():
                         raise optuna.TrialPruned(f"{score:.6g} after {steps} steps")
             found = measures(session, spec, score, {*q.metrics, *q.limits})
             for name, value in found.items():
