@@ -19,14 +19,13 @@ from searchpet.errors import InputError
 from searchpet.importance import importance
 from searchpet.limits import Limits
 from searchpet.pruning import Prune, keep_of
-from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.spec import Spec
 from searchpet.strategies import Problem, Ranking
 from searchpet.strategies.loss_delta import groups_of, prune
 from tests.commands import cut_off, write_task
 from tests.laws import families as tiny
-from tests.laws.problems import Cut, Draws, problem
+from tests.laws.problems import Cut, Draws, classified, problem
 
 MASKS = tiny.every_mask(neurons={"most": 6, "multiple": 1})
 RULES = [tiny.rule("lora", "atom", {"rank": 2}), *MASKS]
@@ -183,13 +182,7 @@ def test_a_rise_that_is_not_needed_never_happens() -> None:
 def asked(share: str = "60%", limit: int = 200, folder: Path | None = None, steps: int = 6,
           ) -> Problem:
     """A problem with dropout, so that randomness is resumed as well."""
-    config = transformers.BertConfig(**tiny.TEXT, num_labels=3)
-    torch.manual_seed(0)
-    model = transformers.BertForSequenceClassification(config).train()
-    space = Space("test", discover(model), RULES)
-    given = problem(model, space, limit, steps=steps, every=0.0,
-                    folder=RunFolder(folder) if folder else None)
-    given.keep = keep_of(Prune("flops", share), model, space)
+    given = classified(RULES, limit, steps=steps, share=share, folder=folder)
     given.importance = lambda name, batches: importance(
         name, given.net, batches, given.loss, given.generator)
     return given
