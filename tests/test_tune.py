@@ -92,12 +92,13 @@ def spawn(words: list[str], **environment: str) -> subprocess.Popen[str]:
 
 
 def wait_for(storage: str, finished: int, name: str | None = None, seconds: float = 300) -> None:
-    """Until so many trials have ended and one is under way."""
+    """Until so many trials have ended and a worker has said that it has one under way."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            now = standing(join(storage, name))
-            if now.finished >= finished and now.running:
+            study = join(storage, name)
+            if standing(study).finished >= finished and any(
+                    t.state.name == "RUNNING" and WORKER in t.user_attrs for t in trials_of(study)):
                 return
         except InputError:  # not made yet
             pass
@@ -426,8 +427,9 @@ def test_killed_workers_lose_no_trial(place: Path, storage: str) -> None:
     process = spawn([*QUICK, "--trials", "8", "--jobs", "2", "--out", out, "--storage", storage,
                      "--study", "killed"])
     wait_for(storage, 1, "killed")
-    running = [t for t in trials_of(join(storage, "killed")) if t.state.name == "RUNNING"]
-    worker = int(running[0].user_attrs[WORKER].split("/")[1])
+    workers = [t.user_attrs[WORKER] for t in trials_of(join(storage, "killed"))
+               if t.state.name == "RUNNING" and WORKER in t.user_attrs]
+    worker = int(workers[0].split("/")[1])
     os.kill(worker, signal.SIGKILL)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text
