@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from searchpet.errors import InputError
     from searchpet.explain import explain
     from searchpet.export import export
-    from searchpet.jobs import search, train, transfer
+    from searchpet.jobs import search, train, transfer, tune
     from searchpet.serve import serve
     from searchpet.site import Site
     from searchpet.spec import Spec
@@ -37,6 +37,7 @@ __all__ = [
     "serve",
     "train",
     "transfer",
+    "tune",
     "vote",
 ]
 
@@ -56,6 +57,7 @@ _HOME = {
     "serve": "serve",
     "train": "jobs",
     "transfer": "jobs",
+    "tune": "jobs",
     "vote": "vote",
 }
 

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from searchpet import cli, engine, failures, tune
+import searchpet
+from searchpet import cli, engine, failures
 from searchpet.ask import STRATEGY
 from searchpet.commands import jobs
 from searchpet.commands import tune as outer
@@ -106,7 +107,7 @@ def test_the_module_runs() -> None:
 
 @pytest.mark.parametrize(("verb", "command", "python"), [
     ("search", jobs.search, engine.search), ("train", jobs.train, engine.train),
-    ("tune", outer.tune, tune.tune)])
+    ("tune", outer.tune, searchpet.tune)])
 def test_defaults_are_those_of_python(verb: str, command: Any, python: Any) -> None:
     given = {name.rstrip("_"): p.default for name, p in
              inspect.signature(command).parameters.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import sys
@@ -347,3 +348,25 @@ def test_wrong_logits_are_noticed(form: str, tmp_path: Path,
         "merged": lambda: to_merged(seen, spec, tmp_path), "onnx": lambda: to_onnx(seen, tmp_path)}
     with pytest.raises(InputError, match=r"logits differ by 0\.01 \(allowed: 0\.0001\); it was"):
         write[form]()
+
+
+def test_a_small_effect_that_is_lost_is_noticed(tmp_path: Path) -> None:
+    """Also one below what rounding may change of a logit."""
+    model, spec = applied("bert", tiny.rule("bias", "module"))
+    deltas = list(model.searchpet.deltas.parameters())
+    large = loaded("bert", model).effect
+    with torch.no_grad():
+        for p in deltas:
+            p *= 6e-5 / large
+    seen = loaded("bert", model)
+    assert 4e-5 < seen.effect < 8e-5
+    figures = to_merged(seen, spec, tmp_path / "kept")
+    assert figures["most that the deltas change"] == seen.effect
+    assert figures["largest difference of logits"] < figures["allowed"] == seen.effect / 2
+    model, spec = applied("bert", tiny.rule("bias", "module"))
+    with torch.no_grad():
+        for p in model.searchpet.deltas.parameters():
+            p.zero_()
+    lost = dataclasses.replace(seen, model=model)
+    with pytest.raises(InputError, match=r"must compute what its run does.*it was deleted"):
+        to_merged(lost, spec, tmp_path / "lost")

@@ -20,6 +20,7 @@ from typing import Any
 import optuna
 import pytest
 
+import searchpet
 from searchpet import cli
 from searchpet.errors import InputError, shown
 from searchpet.failures import explain
@@ -97,8 +98,9 @@ def wait_for(storage: str, finished: int, name: str | None = None, seconds: floa
     while time.monotonic() < until:
         try:
             study = join(storage, name)
-            if standing(study).finished >= finished and any(
-                    t.state.name == "RUNNING" and WORKER in t.user_attrs for t in trials_of(study)):
+            named = [t for t in trials_of(study)
+                     if t.state.name == "RUNNING" and WORKER in t.user_attrs]
+            if standing(study).finished >= finished and named:
                 return
         except InputError:  # not made yet
             pass
@@ -121,6 +123,16 @@ def test_a_study_leaves_a_run_behind(done: Path, capsys: pytest.CaptureFixture[s
     assert cli.main(["evaluate", str(done), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(result["score"])
     assert cli.main(["verify", str(done)]) == 0
+
+
+def test_a_study_from_python_leaves_its_page_too(place: Path,
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    pages: list[Path] = []
+    monkeypatch.setattr("searchpet.report.write", pages.append)
+    settings = {"model": "tiny", "task": "films", "device": "cpu"}
+    result = searchpet.tune(trials=2, knobs="fast.toml", budget="5%", steps=20, batch_size=8,
+                            out="python", say=lambda line: None, **settings)
+    assert isinstance(result.spec, Spec) and pages == [result.path] == [Path("python")]
 
 
 def test_known_good_settings_come_first_and_run_to_the_end(done: Path) -> None:

@@ -69,26 +69,27 @@ def tune(
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
 ) -> None:
     """Turn the knobs of the search for many trials, keep the best."""
-    from searchpet import tune as outer
-    from searchpet.report import reported
+    from searchpet import jobs as run
+    from searchpet.tune import serve as proxy
+    from searchpet.tune import work
 
     if worker + collect + bool(serve) > 1:
         raise InputError("--worker, --collect and --serve are three things: give one of them")
     if (worker or collect or serve) and not storage:
         raise InputError("--storage must say where the study is; the command that made it says so")
     if serve and storage:
-        outer.serve(storage, serve, lambda line: typer.echo(line, err=True))
+        proxy(storage, serve, lambda line: typer.echo(line, err=True))
         return
     with reporter(quiet, log=False) as teller:
         if worker and storage:
-            outer.work(storage, study, out=out, data=data, device=device, say=teller.say,
-                       listener=teller)
+            work(storage, study, out=out, data=data, device=device, say=teller.say,
+                 listener=teller)
             return
         if collect and storage:
-            result = reported(outer.collect)(storage, study, out=out, data=data, device=device,
-                                   artifacts=artifacts, test=test, listener=teller)
+            result = run.collect(storage, study, out=out, data=data, device=device,
+                                 artifacts=artifacts, test=test, listener=teller)
         else:
-            result = reported(outer.tune)(
+            result = run.tune(
                 trials=trials, timeout=timeout, study=study, storage=storage, jobs=jobs,
                 metric=metric, knobs=knobs,
                 limit=o.values(limit, "--limit", "METRIC=MOST", "flops=1e9"),
