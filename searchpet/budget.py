@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from searchpet.device import free
 from searchpet.errors import InputError
 
 _BYTES = {"B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3}
 MANY = 40_000  # units from which single precision and a subsample pay
+MOST, BLIND = 200, 24  # Newton steps at most; where nobody looks: 12 do for logits up to 100
 # the digits are bounded: nobody means more, and exact arithmetic on 1e999999999 takes for ever
 _FORM = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?(?:e[+-]?[0-9]{1,2})?)\s*(%|B|KB|MB|GB)?",
                    re.IGNORECASE)
@@ -79,43 +81,49 @@ class Budget:
             )
 
 
-def threshold(alpha: Tensor, price: Tensor, limit: float, beta: float = 1.0) -> float:
-    """zeta with sum_i price_i sigmoid((alpha_i - zeta) / beta) = limit, for 0 < limit < total.
+def threshold(alpha: Tensor, price: Tensor, limit: Tensor | float, beta: float = 1.0) -> Tensor:
+    """zeta () with sum_i price_i sigmoid((alpha_i - zeta) / beta) = limit, for 0 < limit < total.
 
     alpha, price (units,) float64.  Safeguarded Newton on the logarithm of the sum.  Many units
     start from the solution on every k-th of them, then from one in single precision, so that a
     million units cost a few passes.
     """
-    start = float(alpha.mean())
-    if len(alpha) > MANY:
+    start = alpha.mean()
+    if len(alpha) > MANY and free(alpha):
         every = len(alpha) // 10_000
         part = price[::every]
-        share = limit * float(part.sum() / price.sum())
-        if share > 0:
-            start = threshold(alpha[::every], part, share, beta)
+        start = threshold(alpha[::every], part, limit * (part.sum() / price.sum()), beta)
         start = _newton(alpha.float(), price.float(), limit, beta, start, 1e-5)
     return _newton(alpha, price, limit, beta, start, 1e-13)
 
 
-def _newton(alpha: Tensor, price: Tensor, limit: float, beta: float, zeta: float,
-            tolerance: float) -> float:
-    """`threshold` from a starting point, until the sum is within `tolerance`, relative."""
+def _newton(alpha: Tensor, price: Tensor, limit: Tensor | float, beta: float, zeta: Tensor,
+            tolerance: float) -> Tensor:
+    """`threshold` from a starting point, until the sum is within `tolerance`, relative.
+
+    On an accelerator, which would have to be asked, `BLIND` steps; the best of them counts.
+    """
+    limit = torch.as_tensor(limit, dtype=torch.float64, device=alpha.device)
     # at these ends every p is below (above) what the limit allows
-    reach = beta * (abs(math.log(limit / float(price.sum()))) + 40.0)
-    low, high = float(alpha.min()) - reach, float(alpha.max()) + reach
-    zeta = min(max(zeta, low), high)
+    reach = beta * ((limit / price.sum(dtype=torch.float64)).log().abs() + 40.0)
+    low, high = alpha.min().double() - reach, alpha.max().double() + reach
+    zeta = zeta.double().clamp(low, high)
     p = torch.empty_like(alpha)
-    for _ in range(200):
-        torch.sub(alpha, zeta, out=p).div_(beta).sigmoid_()
-        total = float(price @ p)
-        slope = (total - float(price @ p.square_())) / beta
-        gap = math.log(total / limit) if total > 0 else -math.inf
-        if abs(gap) < tolerance or high - low < 1e-15 * max(1.0, abs(zeta)):
+    best, least = zeta, torch.full_like(zeta, math.inf)
+    for _ in range(MOST if free(alpha) else BLIND):
+        torch.sub(alpha, zeta.to(alpha), out=p).div_(beta).sigmoid_()
+        total = (price @ p).double()
+        slope = (total - (price @ p.square_()).double()) / beta
+        gap = (total / limit).log()
+        best, least = torch.where(gap.abs() < least, zeta, best), torch.minimum(gap.abs(), least)
+        if free(alpha) and (float(least) < tolerance
+                            or float(high - low) < 1e-15 * max(1.0, abs(float(zeta)))):
             break
-        low, high = (zeta, high) if gap > 0 else (low, zeta)
-        nearer = zeta + gap * total / slope if slope > 0 else math.inf
-        zeta = nearer if low < nearer < high else (low + high) / 2
-    return zeta
+        low, high = torch.where(gap > 0, zeta, low), torch.where(gap > 0, high, zeta)
+        nearer = zeta + gap * total / slope
+        inside = (low < nearer) & (nearer < high)  # not where it is NaN
+        zeta = torch.where(inside, nearer, (low + high) / 2)
+    return best
 
 
 class _Shift(torch.autograd.Function):
@@ -125,6 +133,7 @@ class _Shift(torch.autograd.Function):
     def forward(ctx: Any, alpha: Tensor, price: Tensor, limit: float, beta: float) -> Tensor:
         zeta = threshold(alpha, price, limit, beta)
         p = torch.sub(alpha, zeta).div_(beta).sigmoid_()
+        p = torch.where(price.sum() <= limit, torch.ones_like(p), p)
         ctx.save_for_backward(p, price)
         ctx.beta = beta
         return p
@@ -133,8 +142,8 @@ class _Shift(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         p, price = ctx.saved_tensors
         s = p * (1 - p) / ctx.beta
-        weight = float(price @ s)
-        mean = float(grad @ s) / weight if weight > 0 else 0.0  # saturated: zeta does not move
+        weight = price @ s
+        mean = torch.where(weight > 0, (grad @ s) / weight, 0.0)  # saturated: zeta stays
         return s * (grad - mean * price), None, None, None
 
 
@@ -148,7 +157,7 @@ def shift(alpha: Tensor, price: Tensor, limit: float, beta: float = 1.0) -> Tens
     if not limit > 0:
         raise ValueError(f"limit > 0 must hold, but got {limit=}")
     alpha, price = alpha.double(), price.double()
-    if limit >= float(price.sum()):
+    if free(price) and limit >= float(price.sum()):
         return torch.ones_like(alpha) + 0.0 * alpha
     p: Tensor = _Shift.apply(alpha, price, float(limit), beta)  # type: ignore[no-untyped-call]
     return p
@@ -183,7 +192,7 @@ def shift_to(alpha: Tensor, cost: Callable[[Tensor], Tensor], limit: float, beta
     """`shift` for any cost(p) that rises with every p_i: sums of products, say.
 
     cost: p (units,) float64 -> a number, differentiable.  The implicit gradient is that of
-    `shift` with price_i = dcost/dp_i.  Raises ValueError unless cost(0) < limit.
+    `shift` with price_i = dcost/dp_i.  A bisection that looks at every cost.  Raises ValueError unless cost(0) < limit.
     """
     alpha = alpha.double()
     if float(cost(torch.ones_like(alpha))) <= limit:

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from searchpet.device import sent
+
 LOW, HIGH, COLD = -0.1, 1.1, 2 / 3  # of hard concrete gates: the stretch and the temperature
 _SHIFT = COLD * math.log(-LOW / HIGH)  # a gate is closed where noise + s is at most this
 
@@ -18,7 +20,8 @@ def concrete(p: Tensor, temperature: float, generator: torch.Generator, rows: in
     p at every temperature.  `rows` > 0 draws one sample per example: (rows, units).
     """
     shape = (rows, *p.shape) if rows else p.shape
-    u = torch.rand(shape, generator=generator, dtype=p.dtype).to(p.device)
+    u = torch.rand(shape, generator=generator, dtype=p.dtype)
+    u = sent(u, p.device)
     noise = torch.logit(u, eps=1e-9)
     return torch.sigmoid((noise + torch.logit(p, eps=1e-12)) / temperature).float()
 
@@ -29,7 +32,7 @@ def hard_concrete(s: Tensor, generator: torch.Generator) -> Tensor:
     Louizos et al. 2018, arXiv:1712.01312, eq. 10 to 12, with l = -0.1, r = 1.1, b = 2/3: exactly 0
     or 1 with positive probability, and with a gradient in s (units,) between.
     """
-    u = torch.rand(s.shape, generator=generator, dtype=s.dtype).to(s.device)
+    u = sent(torch.rand(s.shape, generator=generator, dtype=s.dtype), s.device)
     soft = torch.sigmoid((torch.logit(u, eps=1e-9) + s) / COLD)
     return (soft * (HIGH - LOW) + LOW).clamp(0, 1).float()
 
@@ -57,7 +60,7 @@ def straight_through(z: Tensor, where: Tensor) -> Tensor:
 
 def decided(p: Tensor, price: Tensor) -> Tensor:
     """Parameters of the units whose gate is more open than not: the structure so far."""
-    return price[p.detach() > 0.5].sum()
+    return (price * (p.detach() > 0.5)).sum()
 
 
 def entropy(p: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ class Grafts(nn.Module):
 
     def __init__(self, model: nn.Module, grafts: Sequence[Graft]) -> None:
         super().__init__()
-        self.grafts = tuple(grafts)
-        self.deltas = nn.ModuleList(graft.delta for graft in grafts)
         weight = next(model.parameters())
+        self.grafts = tuple(_moved(graft, lambda t: t.to(weight.device)) for graft in grafts)
+        self.deltas = nn.ModuleList(graft.delta for graft in grafts)
         self.deltas.to(weight.device)
         self.z: list[Tensor] = [torch.ones(g.delta.width, device=weight.device) for g in grafts]
         self.watch: Callable[[int, Tensor | None, Tensor], None] | None = None
@@ -69,7 +70,7 @@ class Grafts(nn.Module):
             self._handles.append(register(model.get_submodule(path), hook))
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Grafts:
-        """`model.to(device)` moves the gates as well: they are no parameters and no buffers.
+        """`model.to(device)` moves gates and indices as well: they are no parameters, no buffers.
 
         `model.half()` leaves deltas and gates in their precision: a step of training, or 1 + g,
         would be lost in half of it.
@@ -80,6 +81,7 @@ class Grafts(nn.Module):
             return t.to(new.device) if halved else new
 
         self.z = [own(z) for z in self.z]
+        self.grafts = tuple(_moved(graft, own) for graft in self.grafts)
         super()._apply(own, recurse)  # type: ignore[no-untyped-call]
         return self
 
@@ -123,6 +125,13 @@ class Grafts(nn.Module):
                     p.copy_(value)
                 else:
                     p.masked_scatter_(g.sparse[name].to(p.device), value)
+
+
+def _moved(graft: Graft, own: Callable[[Tensor], Tensor]) -> Graft:
+    """The graft with its indices where its delta is, so that no pass has to send them."""
+    reads = None if graft.reads is None else own(graft.reads)
+    writes = None if graft.writes is None else own(graft.writes)
+    return replace(graft, reads=reads, writes=writes)
 
 
 def register(module: nn.Module, hook: Any) -> Any:

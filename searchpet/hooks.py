@@ -100,10 +100,9 @@ class Weigh(nn.Module):
             raise ValueError("masks of weights have no gates per example, but z has "
                              f"{z.shape[0]} rows")
         matrix = weight.T if self.turned else weight
-        part = matrix if rows is None else matrix[rows.to(matrix.device)]
+        part = matrix if rows is None else matrix[rows]
         change = owner.deltas[i](part, part, z).to(matrix.dtype)
-        new = matrix + change if rows is None else matrix.index_add(
-            0, rows.to(matrix.device), change)
+        new = matrix + change if rows is None else matrix.index_add(0, rows, change)
         return new.T if self.turned else new
 
 
@@ -185,14 +184,14 @@ class Act:
     def _add(self, i: int, total: Tensor, x: Tensor | None, y: Tensor, fresh: bool) -> Tensor:
         """total + delta_i; in place where `total` is a sum made here, which nothing else holds."""
         reads, index = self.owner.grafts[i].reads, self.owner.grafts[i].writes
-        x = x if x is None or reads is None else x.index_select(-1, reads.to(x.device))
-        part = y if index is None else y.index_select(-1, index.to(y.device))
+        x = x if x is None or reads is None else x.index_select(-1, reads)
+        part = y if index is None else y.index_select(-1, index)
         if y.dtype in HALF and not torch.is_autocast_enabled(y.device.type):
             x, part = x if x is None else x.float(), part.float()  # deltas are fp32
         self.owner.see(i, x, part)
         delta = self.owner.deltas[i](x, part, _spread(self.owner.z[i], y)).to(y.dtype)
         if index is not None:
-            return total.index_add(-1, index.to(y.device), delta.expand_as(part))
+            return total.index_add(-1, index, delta.expand_as(part))
         return total.add_(delta) if fresh else total + delta
 
 

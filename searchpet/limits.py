@@ -62,21 +62,26 @@ class Limits:
                              f"their units and the limit is {keep.text if keep else 'absent'}")
         self.space, self.limit, self.keep, self.settled = space, limit, keep, settled
         self.must = torch.zeros(len(space), dtype=torch.bool) if must is None else must.cpu()
+        self._some = bool(self.must.any())
         self.prune = space.prunes.nonzero().squeeze(-1)
         self.pet = (~space.prunes).nonzero().squeeze(-1)
         self.hosts = Hosts(space.sites, masks_of(space)) if keep else None
         self._prices = Prices(space, self.hosts) if self.hosts else None
+        self._cost = space.cost.double()
 
     def at(self, limit: int, must: Tensor | None = None) -> Limits:
         """The same with another limit on PET, and other units that are kept in any case."""
         other = copy(self)
-        other.limit, other.must = limit, self.must if must is None else must
+        other.limit = limit
+        if must is not None:
+            other.must, other._some = must, bool(must.any())
         return other
 
     def price(self, z: Tensor) -> Tensor:
         """Expected parameters of each unit (units,), float64, where prune gates are z (units,)."""
         if self._prices is None:
-            return self.space.cost.to(z.device).double()
+            self._cost = self._cost.to(z.device)  # sent once
+            return self._cost
         return self._prices.at(z)
 
     def shift(self, alpha: Tensor, beta: float = 1.0, ease: float = 0.0) -> Tensor:
@@ -97,15 +102,14 @@ class Limits:
 
         What must be kept has p = 1, and the rest what it leaves.
         """
-        must = self.must[pet].to(alpha.device)
-        if not self.space.share and not bool(must.any()):
+        if not self.space.share and not self._some:
             return shift(alpha, price, self.limit, beta)
-        p = must.double()
+        must = self.must[pet]
+        p = must.to(alpha.device).double()
         whole = [(torch.arange(len(pet)), float(self.limit))]
         for mine, limit in self._parts(pet) if self.space.share else whole:
-            mine = mine.to(alpha.device)
-            left = limit - float(price[mine][must[mine]].sum())
-            mine = mine[~must[mine]]
+            held, mine = mine[must[mine]].to(alpha.device), mine[~must[mine]].to(alpha.device)
+            left = limit - float(price[held].sum())
             if left > 0:
                 p = p.index_put((mine,), shift(alpha[mine], price[mine], left, beta))
         return p

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from searchpet import processes
+from searchpet.device import free
 from searchpet.errors import InputError
 
 # what a run may leave that stopped before it began
@@ -197,6 +198,8 @@ class StageLoop:
         self.state = dict(state or {})
         self.stopped = self.paused = False
         self._step = 0
+        self._unread: Mapping[str, float | Tensor] = {}
+        self._plain: dict[str, float] = {}
 
     @property
     def file(self) -> str:
@@ -222,23 +225,32 @@ class StageLoop:
                 saved = time.monotonic()
 
     def report(self, **figures: float | Tensor) -> None:
-        """Tell the listener how the step went.
+        """Tell the listener how the step went, or, of figures that an accelerator is still busy
+        with, how the last one went that they were read of.
 
         Raises InputError for a loss that is not finite.
         """
-        plain = {name: float(v.detach() if isinstance(v, Tensor) else v)
-                 for name, v in figures.items()}
-        loss = plain.get("loss", 0.0)
+        done = self._step + 1
+        logs = done % LOG_EVERY == 0 or done == self.steps
+        self._unread = figures
+        if logs or not self._plain or all(
+                free(v) for v in figures.values() if isinstance(v, Tensor)):
+            self._read()
+        rate = (done - self._first) / max(time.monotonic() - self._began, 1e-9)
+        if self.folder and logs:
+            self.folder.log(stage=self.stage, step=done, **self._plain)
+        left = (self.steps - done) / rate
+        self.listener(Event(self.stage, done, self.steps, rate, left, self._plain))
+
+    def _read(self) -> None:
+        """The figures of the last step as numbers.  Raises InputError as `report` does."""
+        self._plain = {name: float(v.detach() if isinstance(v, Tensor) else v)
+                       for name, v in self._unread.items()}
+        loss = self._plain.get("loss", 0.0)
         if loss != loss or abs(loss) == float("inf"):
             raise InputError(
                 f"the loss must stay finite, but step {self._step} of {self.stage} gave {loss}; "
                 "try a smaller --tau, or --precision fp32")
-        taken = self._step + 1 - self._first
-        rate = taken / max(time.monotonic() - self._began, 1e-9)
-        left = (self.steps - self._step - 1) / rate
-        if self.folder and ((self._step + 1) % LOG_EVERY == 0 or self._step + 1 == self.steps):
-            self.folder.log(stage=self.stage, step=self._step + 1, **plain)
-        self.listener(Event(self.stage, self._step + 1, self.steps, rate, left, plain))
 
     def stop(self) -> None:
         """No further steps."""
@@ -255,6 +267,7 @@ class StageLoop:
 
     def _save(self, step: int) -> None:
         if self.folder and processes.first():
+            self._read()  # nothing of a loss that is not finite is kept
             tensors, plain = pack(self.state)
             meta = {"step": str(step), "plain": json.dumps(plain)}
             self.folder.write_tensors(self.file, tensors, meta)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from searchpet.batch import Encoded, passes
+from searchpet.device import sent
 from searchpet.metrics import measure
 from searchpet.processes import from_first, mean_loss, rank, size, total
 from searchpet.run import StageLoop
@@ -114,7 +115,7 @@ def autocast(model: nn.Module, precision: str) -> contextlib.AbstractContextMana
 def to(batch: Batch, model: nn.Module) -> Batch:
     """The batch on the model's device."""
     device = next(model.parameters()).device
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    return {name: sent(value, device) for name, value in batch.items()}
 
 
 def loss_of(model: nn.Module, precision: str = "fp32") -> Callable[[Batch], Tensor]:

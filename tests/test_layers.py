@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1] / "searchpet"
 # Storey -> rooms.  A fraction is a landing: its rooms stand on others of the same storey.
 # `package/*` is every member of a package: what the catalog finds never needs an entry here.
 STOREYS: dict[float, list[str]] = {
-    0: ["errors", "interrupts", "page"],
+    0: ["device", "errors", "interrupts", "page"],
     0.5: ["catalog", "families", "site", "spec"],
     0.8: ["spacefile"],
     1: ["deltas/*", "grains/*", "tasks/*", "patterns", "roles", "slices"],

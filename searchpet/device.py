@@ -1,0 +1,23 @@
+"""Between host and device: what is sent or read without one of them waiting for the other.
+
+An accelerator works through a queue.  Reading a number from it, branching on one of its tensors,
+or sending pageable memory lets the host wait until the queue is empty; a search step that does so
+leaves the device idle.  On the CPU all of it is free.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def free(tensor: Tensor) -> bool:
+    """Whether a look at its values makes nobody wait."""
+    return tensor.device.type == "cpu"
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; to a GPU through pinned memory, in the queue's own time."""
+    if device.type == "cuda" and free(tensor):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
