@@ -192,7 +192,8 @@ def shift_to(alpha: Tensor, cost: Callable[[Tensor], Tensor], limit: float, beta
     """`shift` for any cost(p) that rises with every p_i: sums of products, say.
 
     cost: p (units,) float64 -> a number, differentiable.  The implicit gradient is that of
-    `shift` with price_i = dcost/dp_i.  A bisection that looks at every cost.  Raises ValueError unless cost(0) < limit.
+    `shift` with price_i = dcost/dp_i.  A bisection, which looks at every cost.
+    Raises ValueError unless cost(0) < limit.
     """
     alpha = alpha.double()
     if float(cost(torch.ones_like(alpha))) <= limit:
