@@ -1,4 +1,4 @@
-"""Is the outer loop worth its time?  Four ways to spend the same processor time.
+"""Is the outer loop worth its time?  Four ways to spend the same time, and one longer search.
 
     python experiments/outer_loop/run.py --data DIR [--tasks trec6 agreement] [--seeds 0 1 2]
 
@@ -7,6 +7,7 @@
 - random: the same knobs drawn at random, nothing tried first (random.toml), every trial to its
   end, for as long as `tune` took.
 - autopeft: `searchpet tune --strategy tpe`, where the knobs are the structure, for as long.
+- long: one search with the defaults and as many steps as the winners are trained with, 300.
 
 Trials have 100 steps; the winner of each, chosen by validation, is trained anew with 300 steps
 at its own tau and scored on test, once.  Runs are told apart by task, way and seed, and lie in
@@ -33,7 +34,8 @@ from searchpet.ledger import claim
 from searchpet.roster import trials_of
 from searchpet.study import join
 
-WAYS = ("default", "tune", "random", "autopeft")
+WAYS = ("default", "long", "tune", "random", "autopeft")
+ONCE = ("default", "long")  # one search, no study
 SHORT, FULL, TRIALS = 100, 300, 20
 BUDGET = "0.01%"
 SPENT = "seconds.json"
@@ -52,8 +54,9 @@ class Arm:
 
     def words(self, seconds: float | None) -> list[str]:
         """The command that finds a winner; seconds: what `tune` took."""
-        words = [*self.common, "--budget", BUDGET, "--steps", str(SHORT)]
-        if self.way == "default":
+        words = [*self.common, "--budget", BUDGET, "--steps",
+                 str(FULL if self.way == "long" else SHORT)]
+        if self.way in ONCE:
             return ["search", *words, "--controls", "0"]
         if self.way == "tune":
             return ["tune", *words, "--trials", str(TRIALS)]
@@ -93,7 +96,7 @@ class Arm:
                 "seconds": spent(self.folder),
                 "command": " ".join(["searchpet", *words]).replace(self.data, "DIR").replace(
                     f"{Path(__file__).parent}/", "experiments/outer_loop/")}
-        if self.way != "default":
+        if self.way not in ONCE:
             trials = self.trials()
             took: dict[str, list[float]] = defaultdict(list)
             for trial in trials:
@@ -109,7 +112,7 @@ class Arm:
 
     def curve(self) -> list[tuple[float, float]]:
         """(seconds, best validation score so far) after each trial that ran to its end."""
-        if self.way == "default":
+        if self.way in ONCE:
             result = json.loads((self.folder / "found" / "result.json").read_text())
             return [(spent(self.folder), result["validation_score"])]
         points, best = [], 0.0
@@ -170,7 +173,7 @@ def picture(out: Path) -> None:
     curves = list(lines(out / "curves.jsonl"))
     tasks = sorted({curve["task"] for curve in curves})
     figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), squeeze=False)
-    colours = dict(zip(WAYS, ("#000000", "#0072b2", "#e69f00", "#009e73"), strict=True))
+    colours = dict(zip(WAYS, ("#000000", "#cc79a7", "#0072b2", "#e69f00", "#009e73"), strict=True))
     for axis, task in zip(axes[0], tasks, strict=True):
         named = set()
         for curve in (c for c in curves if c["task"] == task):

@@ -9,7 +9,7 @@ twice, and the database.  Beside them a plain `study.optimize` with the same kno
 shows how much of that is Optuna's own.  With --load, the workers are threads of eight processes
 that reach the database through one gRPC proxy, whose processor time is taken; 1,000 workers are
 reckoned from it.
-Each result is a line of results.jsonl in --out.
+Each result is a line of scaling.jsonl in --out.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def main() -> None:
                 line = json.dumps({"storage": args.storage.partition(":")[0],
                                    "proxy": bool(args.load), **row, "machine": machine})
                 print(line, flush=True)
-                with (args.out / "results.jsonl").open("a", encoding="utf-8") as file:
+                with (args.out / "scaling.jsonl").open("a", encoding="utf-8") as file:
                     file.write(line + "\n")
 
 
