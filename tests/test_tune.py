@@ -660,3 +660,14 @@ def test_passwords_are_not_shown() -> None:
     for words in (["--storage", url], [f"--storage={url}"]):
         text = command(["searchpet", "tune", *words, "--study", "x"])
         assert "pass" not in text and "me:***@host/db" in text and "--study x" in text
+
+
+@pytest.mark.slow
+def test_what_the_loop_costs_can_be_measured_anew(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path / 'study.db'}"
+    subprocess.run([sys.executable, str(ROOT / "experiments/outer_loop/scaling.py"), "--storage",
+                    storage, "--workers", "2", "--samplers", "random", "--each", "2", "--out",
+                    str(tmp_path)], check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    lines = [json.loads(line) for line in (tmp_path / "scaling.jsonl").read_text().splitlines()]
+    assert {line["by"] for line in lines} == {"optuna", "searchpet"}
+    assert all(line["workers"] == 2 and line["trials"] == 4 for line in lines)
