@@ -316,6 +316,8 @@ def study(found: Mapping[str, Any]) -> Iterable[Any]:
         for t in found["trials"]])
     if found["front"]:
         yield "* best" if len(found["metrics"]) == 1 else "* on the Pareto front"
+    yield from (f"trial {t['number']} failed: {t['failure']}" for t in found["trials"]
+                if t["failure"])
     if found["importances"]:
         yield ""
         yield table("knob", "importance", rows=[

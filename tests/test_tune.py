@@ -21,7 +21,7 @@ import optuna
 import pytest
 
 import searchpet
-from searchpet import cli
+from searchpet import cli, views
 from searchpet.errors import InputError, shown
 from searchpet.failures import explain
 from searchpet.propose import command
@@ -660,6 +660,17 @@ def test_passwords_are_not_shown() -> None:
     for words in (["--storage", url], [f"--storage={url}"]):
         text = command(["searchpet", "tune", *words, "--study", "x"])
         assert "pass" not in text and "me:***@host/db" in text and "--study x" in text
+
+
+def test_the_table_says_why_a_trial_failed() -> None:
+    row = {"state": "fail", "score": None, "steps": None, "seconds": 0.2, "reused": None}
+    found = {"study": "s", "complete": 0, "pruned": 0, "failed": 2, "running": 0, "wanted": 3,
+             "metrics": ["score"], "front": [], "importances": {},
+             "trials": [
+                 {**row, "number": 0, "failure": "no budget"},
+                 {**row, "number": 1, "failure": None}]}
+    assert [line for line in views.study(found) if line == "trial 0 failed: no budget"]
+    assert not [line for line in views.study(found) if str(line).startswith("trial 1")]
 
 
 @pytest.mark.slow

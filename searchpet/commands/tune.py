@@ -53,7 +53,7 @@ def tune(
         "--collect", help="Only write the study's best trial to --out.")] = False,
     serve: Annotated[str | None, _option(
         "--serve", metavar="HOST:PORT", help="Only stand before --storage as a proxy, for "
-        "hundreds of workers that connect to grpc://HOST:PORT.")] = None,
+        "workers that connect to grpc://HOST:PORT.")] = None,
     model: o.Model = "sentence-transformers/all-MiniLM-L6-v2",
     task: o.TaskName = "agreement", task_weights: o.TaskWeights = None, data: o.Data = None,
     strategy: Annotated[str, typer.Option(
