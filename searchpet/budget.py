@@ -74,9 +74,10 @@ class Budget:
     def afford(self, cheapest: int, what: str = "unit") -> None:
         """Raise InputError when not even the cheapest unit can be bought."""
         if self.limit < cheapest:
+            numbers = f"{cheapest:,} parameter{'s' * (cheapest != 1)}"
             share = 100 * cheapest / self.denominator
             raise InputError(
-                f"budget must buy at least one {what}: the cheapest costs {cheapest:,} parameters "
+                f"budget must buy at least one {what}: the cheapest costs {numbers} "
                 f"({share:.2g}%), but got {self.said}; ask for at least {cheapest}"
             )
 

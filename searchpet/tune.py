@@ -110,7 +110,7 @@ def tune(
     folder = RunFolder(out or default_out(chosen, replace(ask, strategy="tune")))
     folder.start(written(question), resume)
     session = open_session(chosen, listener)
-    budget_of(session, budget, count_head)
+    budget_of(session, budget, count_head)[0].afford(1)
     table = latencies(session, folder, ask)
     crew = Crew(storage or f"sqlite:///{folder.path / FILE}", study or folder.path.name,
                 folder.path, jobs, artifacts or str((folder.path / STORE).resolve()),

@@ -309,7 +309,7 @@ def wrong(said: Said, message: str) -> None:
     (["--budget", "0%"], "budget must be a share in (0%, 100%]"),
     (["--budget", "101%"], "budget must be a share in (0%, 100%]"),
     (["--budget", "1.5"], "write 1.5% for a share"),
-    (["--budget", "0.000001%"], "the cheapest costs 1 parameters"),
+    (["--budget", "0.000001%"], "the cheapest costs 1 parameter ("),
     (["--budget", "0"], "ask for at least 1"),
     (["--budget", "50", "--count-head"], "must exceed its 66 parameters"),
     (["--set", "alpha_lr=1"], "--set must read STRATEGY.KEY=VALUE"),

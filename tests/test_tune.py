@@ -575,6 +575,7 @@ def test_a_worker_joins_and_another_place_collects(place: Path) -> None:
     (["--worker", "--collect", "--storage", "sqlite:///x.db"], "give one of them"),
     (["--worker", "--storage", "sqlite:///empty.db"], "--study must say which of no studies"),
     (["--budget", "0.0001%"], "must buy at least one|budget"),
+    (["--budget", "0"], r"^error: budget must buy .* costs 1 parameter \(.* got 0 parameters"),
     (["--task", "flms"], "did you mean 'films'|task must be"),
     (["--strategy", "bilevle"], "did you mean 'bilevel'"),
 ])
