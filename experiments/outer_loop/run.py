@@ -172,7 +172,8 @@ def picture(out: Path) -> None:
 
     curves = list(lines(out / "curves.jsonl"))
     tasks = sorted({curve["task"] for curve in curves})
-    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(tasks), figsize=(5 * len(tasks), 3.6), squeeze=False,
+                                layout="constrained")
     colours = dict(zip(WAYS, ("#000000", "#cc79a7", "#0072b2", "#e69f00", "#009e73"), strict=True))
     for axis, task in zip(axes[0], tasks, strict=True):
         named = set()
@@ -183,8 +184,9 @@ def picture(out: Path) -> None:
                       label=None if way in named else way)
             named.add(way)
         axis.set(title=task, xlabel="minutes", ylabel="best validation score so far")
-        axis.legend()
-    figure.tight_layout()
+    named_lines = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+    figure.legend(named_lines.values(), named_lines.keys(), loc="outside lower center",
+                  ncols=len(WAYS), frameon=False)
     figure.savefig(out / "curves.png", dpi=150)
 
 
