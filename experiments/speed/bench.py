@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from threading import Event, Thread
@@ -100,14 +100,14 @@ def peft_lora() -> Step:
     return stepper(get_peft_model(backbone().model, config))
 
 
-def searching(strategy: str, space: str, steps: int, loop: Callable[..., Any]) -> Step:
-    """A whole search of `steps` steps, without warm-up, as one call."""
+def searching(strategy: str, space: str, steps: int, loop: Callable[..., Any],
+              **options: Any) -> Step:
+    """A whole search of `steps` steps, as one call; that of `bilevel` without warm-up."""
     found = backbone()
     net = Supernet(found.model, build_space(space, discover(found.model)), found.head, 0)
     limit = found.identity.parameters // 10_000
-    keywords = {"warmup": 0.0} if strategy == "bilevel" else {}
     return partial(catalog.get("strategies", strategy),
-                   problem_on(net, limit, steps, loop), **keywords)
+                   problem_on(net, limit, steps, loop), **options)
 
 
 def problem_on(net: Supernet, limit: int, steps: int, loop: Callable[..., Any],
@@ -128,8 +128,11 @@ def plain_loop(steps: int, **state: Any) -> StageLoop:
     return StageLoop(None, "search", steps, 0, torch.Generator(), state=state)
 
 
-def search_step(strategy: str, space: str) -> Step:
-    """A search held between steps, in a thread of its own: each call lets it take one more."""
+def search_step(whole: Callable[[int, Callable[..., Any]], Step]) -> Step:
+    """A search held between steps, in a thread of its own: each call lets it take one more.
+
+    whole: from a number of steps and the loop to the search.
+    """
     go, done = Event(), Event()
 
     class Held(StageLoop):
@@ -143,7 +146,7 @@ def search_step(strategy: str, space: str) -> Step:
     def held(steps: int, **state: Any) -> StageLoop:
         return Held(None, "search", steps, 0, torch.Generator(), state=state)
 
-    Thread(target=searching(strategy, space, 10_000, held), daemon=True).start()
+    Thread(target=whole(10_000, held), daemon=True).start()
 
     def step() -> None:
         go.set()
@@ -163,20 +166,24 @@ class _Endless:
         return self.data
 
 
+COLD: dict[str, Any] = {"warmup": 0.0}
 SEARCHES = {
-    "bilevel_s3pet_mix": ("bilevel", "s3pet_mix"),
-    "bilevel_nano": ("bilevel", "nano"),
-    "s3pet_s3pet_mix": ("s3pet", "s3pet_mix"),
+    "bilevel_s3pet_mix": partial(searching, "bilevel", "s3pet_mix", **COLD),
+    "bilevel_nano": partial(searching, "bilevel", "nano", **COLD),
+    "one_pass_nano": partial(searching, "bilevel", "nano", **COLD, levels=1),
+    "one_pass_rows_nano": partial(searching, "bilevel", "nano", **COLD, levels=1, rows=True),
+    "s3pet_s3pet_mix": partial(searching, "s3pet", "s3pet_mix"),
 }
 CONTENDERS: dict[str, Callable[[], Step]] = {
     "peft_lora": peft_lora, "spec_lora": ours_lora,
-    **{name: partial(search_step, *what) for name, what in SEARCHES.items()},
+    **{name: partial(search_step, whole) for name, whole in SEARCHES.items()},
 }
 
 
-def interleaved(rounds: int) -> dict[str, list[float]]:
+def interleaved(rounds: int, contenders: Mapping[str, Callable[[], Step]],
+                ) -> dict[str, list[float]]:
     """Seconds of each contender in each round."""
-    steps = {name: make() for name, make in CONTENDERS.items()}
+    steps = {name: make() for name, make in contenders.items()}
     names = list(steps)
     for step in steps.values():
         step()
@@ -227,7 +234,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.one:
         if args.one in SEARCHES:
-            searching(*SEARCHES[args.one], 3, plain_loop)()
+            SEARCHES[args.one](3, plain_loop)()
         else:
             step = CONTENDERS[args.one]()
             for _ in range(3):
@@ -236,7 +243,7 @@ def main() -> None:
         return
     # first, while this process is small: a child starts with the peak of its parent
     peaks = {name: round(peak(name), 1) for name in CONTENDERS}
-    seconds = interleaved(args.rounds)
+    seconds = interleaved(args.rounds, CONTENDERS)
     base = seconds["peft_lora"]
     result = {
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch "
