@@ -9,7 +9,6 @@ schedules.  All together takes at most 11/6 of the steps of one training.
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,11 +79,11 @@ def _go_on(session: Session, method: Spec | Outside | str, folder: RunFolder, se
     """Train up to a step, from where it was paused."""
     name = f"until-{until}.json"
     if not folder.has(name):
-        job, began = session.job, time.monotonic()
+        job = session.job
         session.job = f"tau {tau:g}"
         found = session.fit(method, folder, seed, tau=tau, stage=STAGE, until=until)
         session.job = job
-        spent = time.monotonic() - began + (before.seconds if before else 0.0)
+        spent = found.seconds + (before.seconds if before else 0.0)
         folder.write_json(name, asdict(Tried(tau, until, found.score, round(spent, 3))))
         follow(folder, name, CHECKPOINT)
     return Tried(**folder.read_json(name))

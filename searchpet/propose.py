@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -72,7 +71,7 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
     ones, each part of the next, go into folders of their own.  scores: keep those of all units.
     Raises InputError for a budget below the cheapest unit and for an unknown name.
     """
-    began = time.monotonic()
+    clock = session.clock()
     search, keywords = hyperparameters(ask.strategy, ask.set)
     with session.fresh(seed) as model:
         space = ask.units(model)
@@ -123,7 +122,7 @@ def propose(session: Session, folder: RunFolder | None, ask: Ask, seed: int,
             place.write_text("spec.json", other.text())
     if folder is not None and learns(ask.strategy):
         leave(folder, net, spec, head, session.trained(spec).model_dump_json())
-    return spec, round(time.monotonic() - began, 3)
+    return spec, clock()
 
 
 def _leave_scores(folder: RunFolder, limits: Limits, ranking: Ranking, specs: Sequence[Spec],

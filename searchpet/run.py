@@ -187,7 +187,8 @@ class StageLoop:
     of plain values.  Before each step all randomness is seeded from (seed, stage, step), so data
     order, dropout and gates need no state of their own, and an interrupted stage continues to the
     same numbers.  Of several processes the first saves; each has dropout of its own, and the same
-    `generator`.
+    `generator`.  before: seconds that went into the checkpoint it goes on from, unless it was
+    paused there.
     """
 
     def __init__(self, folder: RunFolder | None, stage: str, steps: int, seed: int,
@@ -197,7 +198,7 @@ class StageLoop:
         self.generator, self.listener, self.every = generator, listener, every
         self.state = dict(state or {})
         self.stopped = self.paused = False
-        self._step = 0
+        self._step, self.before = 0, 0.0
         self._unread: Mapping[str, float | Tensor] = {}
         self._plain: dict[str, float] = {}
 
@@ -218,7 +219,7 @@ class StageLoop:
             self.generator.manual_seed(_mix(self.seed, self.stage, step))
             yield step
             if self.paused:
-                self._save(step + 1)
+                self._save(step + 1, paused=True)
                 return
             if time.monotonic() - saved > self.every:
                 self._save(self.steps if self.stopped else step + 1)
@@ -265,11 +266,12 @@ class StageLoop:
         if self.folder:
             self.folder.drop(self.file)
 
-    def _save(self, step: int) -> None:
+    def _save(self, step: int, paused: bool = False) -> None:
         if self.folder and processes.first():
             self._read()  # nothing of a loss that is not finite is kept
             tensors, plain = pack(self.state)
-            meta = {"step": str(step), "plain": json.dumps(plain)}
+            spent = 0.0 if paused else self.before + time.monotonic() - self._began
+            meta = {"step": str(step), "plain": json.dumps(plain), "seconds": f"{spent:.3f}"}
             self.folder.write_tensors(self.file, tensors, meta)
 
     def _restore(self) -> int:
@@ -277,6 +279,7 @@ class StageLoop:
             return 0
         tensors, meta = self.folder.read_tensors(self.file)
         unpack(self.state, tensors, json.loads(meta["plain"]))
+        self.before = float(meta.get("seconds", 0.0))
         return int(meta["step"])
 
 

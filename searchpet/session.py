@@ -70,6 +70,7 @@ class Session:
         self.evaluations = Recipe.evaluations  # of a training, after the first
         self._backbone: Backbone | None = backbone
         self._seed = settings.seed
+        self._stages: list[StageLoop] = []
 
     def _task(self) -> Task:
         return self.read(self.settings.task)
@@ -147,8 +148,17 @@ class Session:
     def loop(self, folder: RunFolder | None, stage: str, steps: int, seed: int,
              **state: Any) -> StageLoop:
         job = self.job
-        return StageLoop(folder, stage, steps, seed, torch.Generator(),
-                         lambda event: self.listener(replace(event, job=job)), state)
+        self._stages.append(StageLoop(
+            folder, stage, steps, seed, torch.Generator(),
+            lambda event: self.listener(replace(event, job=job)), state))
+        return self._stages[-1]
+
+    def clock(self) -> Callable[[], float]:
+        """Gives seconds from now on, with those that went into checkpoints that stages since then
+        go on from: what was killed and resumed took as long as both parts.
+        """
+        began, self._stages = time.monotonic(), []
+        return lambda: round(time.monotonic() - began + sum(s.before for s in self._stages), 3)
 
     def fit_head(self, model: nn.Module, encoded: Any, seed: int) -> None:
         """Fit the head's last layer to what the model, as it is, makes of some training rows."""
@@ -190,7 +200,7 @@ class Session:
         is set.
         """
         tau = self.settings.tau if tau is None else tau
-        began = time.monotonic()
+        clock = self.clock()
         prunes = isinstance(method, Spec) and method.keep is not None
         spoils = method == "full" or prunes or isinstance(method, Outside)
         with self.fresh(seed, spoil=spoils) as model:
@@ -229,7 +239,7 @@ class Session:
         trained = attached.kept() if attached else trained
         return Outcome(
             result.metrics[self.task.metrics[0]], result.metrics, tested, trained,
-            self.head_size, tau, result.step, round(time.monotonic() - began, 3), removed,
+            self.head_size, tau, result.step, clock(), removed,
             written, result.history[0][1], tuple(result.history),
             attached.most if attached else None)
 

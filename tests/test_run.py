@@ -217,6 +217,27 @@ def test_a_stopped_stage_stays_stopped(tmp_path: Path) -> None:
     assert taken() == []  # killed between the stop and the end of the stage
 
 
+@pytest.mark.parametrize("paused", [False, True])
+def test_a_stage_that_goes_on_knows_what_it_took(paused: bool, tmp_path: Path) -> None:
+    """What was paused is counted by whoever paused it."""
+    folder, clock = RunFolder(tmp_path), [0.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("searchpet.run.time.monotonic", lambda: clock[0])
+        for part in (1, 2):  # dies twice, each time 3 s after its last checkpoint
+            stage = loop(folder, 10)
+            for step in stage:
+                clock[0] += 10
+                stage.report(loss=1.0)
+                if paused and step == 2 * part - 1:
+                    stage.pause()
+                elif step == 2 * part:
+                    break
+            clock[0] += 3
+        again = loop(folder, 10)
+        assert next(iter(again)) == 4
+    assert again.before == (0 if paused else 40)
+
+
 def test_a_loss_that_is_not_finite_ends_the_stage_in_one_line() -> None:
     for value in (float("nan"), float("inf"), torch.tensor(float("-inf"))):
         stage = loop(None, 3)
