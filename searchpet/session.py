@@ -154,11 +154,17 @@ class Session:
         return self._stages[-1]
 
     def clock(self) -> Callable[[], float]:
-        """Gives seconds from now on, with those that went into checkpoints that stages since then
-        go on from: what was killed and resumed took as long as both parts.
+        """Gives, once, seconds from now on, with those that went into checkpoints that stages since
+        then go on from: what was killed and resumed took as long as both parts.
         """
         began, self._stages = time.monotonic(), []
-        return lambda: round(time.monotonic() - began + sum(s.before for s in self._stages), 3)
+
+        def seconds() -> float:
+            before = sum(stage.before for stage in self._stages)
+            self._stages.clear()  # they hold what was trained
+            return round(time.monotonic() - began + before, 3)
+
+        return seconds
 
     def fit_head(self, model: nn.Module, encoded: Any, seed: int) -> None:
         """Fit the head's last layer to what the model, as it is, makes of some training rows."""

@@ -92,16 +92,18 @@ def spawn(words: list[str], **environment: str) -> subprocess.Popen[str]:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment})
 
 
-def wait_for(storage: str, finished: int, name: str | None = None, seconds: float = 300) -> None:
-    """Until so many trials have ended and a worker has said that it has one under way."""
+def wait_for(storage: str, finished: int, name: str | None = None, seconds: float = 300,
+             ) -> str:
+    """Until so many trials have ended and a worker has said that it has one under way: that one.
+    """
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
             study = join(storage, name)
-            named = [t for t in trials_of(study)
+            named = [t.user_attrs[WORKER] for t in trials_of(study)
                      if t.state.name == "RUNNING" and WORKER in t.user_attrs]
             if standing(study).finished >= finished and named:
-                return
+                return str(named[0])
         except InputError:  # not made yet
             pass
         time.sleep(0.1)
@@ -438,10 +440,7 @@ def test_killed_workers_lose_no_trial(place: Path, storage: str) -> None:
     out = f"jobs-{storage.partition(':')[0]}"
     process = spawn([*QUICK, "--trials", "8", "--jobs", "2", "--out", out, "--storage", storage,
                      "--study", "killed"])
-    wait_for(storage, 1, "killed")
-    workers = [t.user_attrs[WORKER] for t in trials_of(join(storage, "killed"))
-               if t.state.name == "RUNNING" and WORKER in t.user_attrs]
-    worker = int(workers[0].split("/")[1])
+    worker = int(wait_for(storage, 1, "killed").split("/")[1])
     os.kill(worker, signal.SIGKILL)
     text, _ = process.communicate(timeout=300)
     assert process.returncode == 0, text

@@ -102,7 +102,8 @@ class Arm:
             for trial in trials:
                 if trial.user_attrs.get("reused") is None:
                     took[trial.state.name].append(trial.user_attrs.get("seconds", 0.0))
-            line |= {"trials": len(trials), **{
+            pruned = sum(trial.state.name == "PRUNED" for trial in trials)
+            line |= {"trials": len(trials), "pruned": pruned, **{
                 f"seconds_{name.lower()}": round(statistics.mean(values), 1)
                 for name, values in sorted(took.items())}}
         return line

@@ -102,7 +102,7 @@ def peft_lora() -> Step:
 
 def searching(strategy: str, space: str, steps: int, loop: Callable[..., Any],
               **options: Any) -> Step:
-    """A whole search of `steps` steps, as one call; that of `bilevel` without warm-up."""
+    """A whole search of `steps` steps, as one call.  options: of the strategy."""
     found = backbone()
     net = Supernet(found.model, build_space(space, discover(found.model)), found.head, 0)
     limit = found.identity.parameters // 10_000
