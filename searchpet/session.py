@@ -154,8 +154,8 @@ class Session:
         return self._stages[-1]
 
     def clock(self) -> Callable[[], float]:
-        """Gives, once, seconds from now on, with those that went into checkpoints that stages since
-        then go on from: what was killed and resumed took as long as both parts.
+        """Gives, once, seconds from now on, with those that went into the checkpoints from which
+        stages since then go on: what was killed and resumed took as long as both parts.
         """
         began, self._stages = time.monotonic(), []
 
