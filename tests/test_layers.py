@@ -65,7 +65,7 @@ STOREYS: dict[float, list[str]] = {
     5.8: ["maps"],
     6: ["export", "gridfile", "ledger", "plan", "question", "shelf", "survey",
         "transfer", "vote"],
-    6.1: ["recall", "worker"],
+    6.1: ["recall", "versus", "worker"],
     6.2: ["collect", "workers"],
     6.3: ["gridcells", "tune"],
     6.5: ["grid", "trials"],

@@ -38,7 +38,6 @@ def predict(
 ) -> None:
     """Label new texts with a trained run."""
     from searchpet.engine import predict as label
-    from searchpet.run import RunFolder
     from searchpet.views import lines
 
     if form not in ("jsonl", "csv"):
@@ -47,7 +46,7 @@ def predict(
     if out is None:
         typer.echo(text, nl=False)
     else:
-        RunFolder(out.parent).write_text(out.name, text)
+        _save(text, out)
 
 
 def show(
@@ -78,12 +77,47 @@ def verify(
 
 
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of runs.")],
+    runs: Annotated[list[Path], typer.Argument(
+        help="Folders of runs; with --against, of grids.")],
+    against: Annotated[str | None, typer.Option(
+        "--against", metavar="METHOD", help="Compare a grid's methods with this one, over all "
+        "tasks: means, differences and their intervals.")] = None,
+    out: Annotated[Path | None, typer.Option(
+        "--out", "-o", help="With --against: a file for the table, as Markdown.")] = None,
     json_: o.Json = False, debug: o.Debug = False,
 ) -> None:
-    """Compare the results of several runs."""
+    """Compare the results of several runs, or the methods of grids."""
     from searchpet.run import RunFolder
 
+    if against is not None:
+        _methods(runs, against, out, json_)
+        return
+    if out is not None:
+        raise InputError("--out takes the table of --against METHOD, which is not given; give "
+                         "both, or take --json")
+    if tables := [str(run) for run in runs if run.suffix == ".jsonl"]:
+        raise InputError(f"a grid's methods are compared with one of them, but {tables[0]} came "
+                         "without --against METHOD; name it")
     found = [(str(run), RunFolder(run).result()) for run in runs]
     answer([{"run": name, **values} for name, values in found], json_,
             lambda views: [views.comparison(found)])
+
+
+def _methods(tables: list[Path], reference: str, out: Path | None, json_: bool) -> None:
+    """The methods of grids beside one of them."""
+    from searchpet import versus
+
+    found = versus.against(tables, reference)
+    if out is not None:
+        _save(versus.markdown(found), out)
+    columns, rows = versus.cells(found)
+    answer([dataclasses.asdict(line) for line in found], json_, lambda views: [
+        views.table(*columns, rows=rows, left=columns.index("method") + 1)])
+
+
+def _save(text: str, file: Path) -> None:
+    """Write a file of the user's choice, with the folders that lead there."""
+    from searchpet.run import RunFolder
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    RunFolder(file.parent).write_text(file.name, text)
