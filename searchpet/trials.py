@@ -75,14 +75,24 @@ def _row(trial: FrozenTrial, question: Question) -> dict[str, Any]:
 
 
 def importances(study: Study, question: Question) -> dict[str, float]:
-    """Knob -> share of what it matters for the score; empty with fewer than two trials."""
-    done = [t for t in trials_of(study) if t.state == TrialState.COMPLETE]
-    if len(done) < 2 or not any(t.params for t in done):
+    """Knob -> share of what it matters for the score, of those that were turned."""
+    if not (names := turned(study)):
         return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return dict(optuna.importance.get_param_importances(
-            study, target=None if len(question.metrics) == 1 else _score(question)))
+            study, params=names, target=None if len(question.metrics) == 1 else _score(question)))
+
+
+def turned(study: Study) -> list[str]:
+    """Knobs that stood at more than one value in finished trials: of the others nothing can be
+    said, but the evaluator would.
+    """
+    values: dict[str, set[Any]] = {}
+    for trial in trials_of(study):
+        for name, value in trial.params.items() if trial.state == TrialState.COMPLETE else ():
+            values.setdefault(name, set()).add(value)
+    return [name for name, had in values.items() if len(had) > 1]
 
 
 def _score(question: Question) -> Callable[[FrozenTrial], float]:
@@ -100,9 +110,10 @@ def figures(study: Study, question: Question) -> dict[str, bytes]:
     plots: dict[str, Callable[[], Any]] = {
         "history": lambda: drawn.plot_optimization_history(
             study, target=score, target_name="score")}
-    if len(done) > 1:
+    if names := turned(study):
         plots["importance"] = lambda: drawn.plot_param_importances(
-            study, target=_score(question) if several else None, target_name="score")
+            study, params=names, target=_score(question) if several else None,
+            target_name="score")
     if question.prunes and len(question.rungs) > 1:
         plots["rungs"] = lambda: drawn.plot_intermediate_values(study)
     if several and done:

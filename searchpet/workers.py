@@ -63,6 +63,9 @@ class _Watch:
     said: int = -1
     began: float = field(default_factory=time.time)
 
+    def __post_init__(self) -> None:
+        self._first = standing(self.study).finished  # of an earlier time, if it goes on
+
     def start(self, number: int) -> subprocess.Popen[bytes]:
         with _log(self.crew, number).open("ab") as log:
             return subprocess.Popen(self.crew.command(), stdout=log, stderr=log,
@@ -85,14 +88,19 @@ class _Watch:
             self.said = now.finished
             wanted = int(self.study.user_attrs["trials"])
             left = ""
-            if now.finished:
-                pace = (time.time() - self.began) / now.finished
+            if now.finished > self._first:
+                pace = (time.time() - self.began) / (now.finished - self._first)
                 left = f", about {pace * max(0, wanted - now.finished) / 60:.0f} min left"
-            best = ""
-            with suppress(ValueError, RuntimeError):
-                best = f"; best {self.study.best_value:.6g}, trial {self.study.best_trial.number}"
             self.say(f"[{now.finished}/{wanted}{left}] {now.complete} complete, {now.pruned} "
-                     f"pruned, {now.failed} failed, {now.running} running{best}")
+                     f"pruned, {now.failed} failed, {now.running} running{self._best()}")
+
+    def _best(self) -> str:
+        """What the trials have come to."""
+        if len(self.study.directions) > 1:
+            return f"; {len(self.study.best_trials)} on the front"
+        with suppress(ValueError):
+            return f"; best {self.study.best_value:.6g}, trial {self.study.best_trial.number}"
+        return ""
 
     def stop(self) -> None:
         """Let workers give their trials up; kill those that do not."""

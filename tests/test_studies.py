@@ -19,9 +19,10 @@ from searchpet.roster import again, me, root, standing, trials_of
 from searchpet.run import RunFolder
 from searchpet.settings import Settings
 from searchpet.study import create, pruner, sampler
-from searchpet.trials import summary
+from searchpet.trials import figures, summary
 from searchpet.tunefile import TuneFile, read_tune
 from searchpet.worker import Worker
+from searchpet.workers import Crew, _Watch
 
 RUNGS = (25, 100)
 
@@ -209,6 +210,52 @@ def test_of_equal_scores_the_cheapest_wins() -> None:
 def test_a_limit_on_flops_takes_knobs_that_can_lower_them() -> None:
     assert knobs_for(("score", "flops"), None, "bilevel") == "inference"
     assert knobs_for(("score",), None, "bilevel") == "default"
+
+
+# --- importance ---
+
+
+def test_a_knob_that_was_never_turned_has_no_importance(tmp_path: Path) -> None:
+    knobs: dict[str, Any] = {
+        "strategy": optuna.distributions.CategoricalDistribution(("bilevel", "random:unit")),
+        "tau": optuna.distributions.FloatDistribution(0.01, 1.0, log=True)}
+    study, question = study_in(tmp_path), asked()
+    for score in (0.5, 0.6, 0.7):  # the defaults, and they alone
+        study.enqueue_trial({"strategy": "bilevel", "tau": 0.1})
+        study.tell(study.ask(knobs), score)
+    assert summary(study, question)["importances"] == {}
+    assert "importance" not in figures(study, question)
+    study.enqueue_trial({"strategy": "random:unit", "tau": 0.1})
+    study.tell(study.ask(knobs), 0.9)
+    assert list(summary(study, question)["importances"]) == ["strategy"]
+    assert "importance" in figures(study, question)
+
+
+# --- what is said meanwhile ---
+
+
+def test_several_workers_say_how_large_the_front_is(tmp_path: Path) -> None:
+    study, said = optuna.create_study(directions=["maximize", "minimize"]), list[str]()
+    study.set_user_attr("trials", 4)
+    for values in ((0.6, 500), (0.5, 100), (0.4, 200)):
+        study.tell(study.ask(), values)
+    watch = _Watch(Crew("", "one", tmp_path, 2, ""), study, said.append)
+    watch.tell(standing(study))
+    assert said[-1].endswith("0 running; 2 on the front")
+
+
+def test_the_time_left_counts_the_trials_of_this_time_alone(tmp_path: Path) -> None:
+    study, said = study_in(tmp_path), list[str]()
+    study.set_user_attr("trials", 12)
+    for _ in range(9):
+        study.tell(study.ask(), 0.5)
+    watch = _Watch(Crew("", "one", tmp_path, 2, ""), study, said.append)
+    watch.tell(standing(study))
+    assert said[-1].startswith("[9/12] ")  # nothing has ended yet by which to judge
+    study.tell(study.ask(), 0.5)
+    watch.began -= 600
+    watch.tell(standing(study))
+    assert said[-1].startswith("[10/12, about 20 min left] ")
 
 
 # --- whose a folder is ---
