@@ -16,6 +16,7 @@ from searchpet.canvas import (
     GREY,
     MARKERS,
     MIDDLE,
+    VERMILLION,
     Axes,
     Figure,
     drawn,
@@ -199,3 +200,57 @@ def front(points: Sequence[Mapping[str, float]], leading: Sequence[bool],
     handles, labels = row[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
+
+
+@drawn
+def methods(rows: Sequence[Mapping[str, Any]], reference: str) -> Figure:
+    """Methods beside a reference, a row each, best first, a block for each budget: mean score,
+    how far ahead of the reference with its interval, and what search and training cost.
+
+    rows: {budget, keep, method, tasks, score, difference, low, high, cost}, sorted as they are
+    drawn; without an interval a difference is an open marker.  Raises InputError for no rows.
+    """
+    if not rows:
+        raise InputError("a figure of methods needs one, but got none")
+    places = list(dict.fromkeys((row["budget"], row["keep"]) for row in rows))
+    blocks = [[row for row in rows if (row["budget"], row["keep"]) == place] for place in places]
+    figure, axes = sheet(9.2, 1.3 + 0.27 * len(rows) + 0.35 * len(blocks), len(blocks), 3,
+                         sharex="col", gridspec_kw={"width_ratios": [3, 4, 2],
+                                                    "height_ratios": [len(b) + 1 for b in blocks]})
+    for number, (block, (budget, keep)) in enumerate(zip(blocks, places, strict=True)):
+        score, ahead, cost = axes[3 * number : 3 * number + 3]
+        y = range(len(block))
+        for row, at in zip(block, y, strict=True):
+            own = row["method"] == reference
+            color, marker = (VERMILLION, "D") if own else (BLUE, "o")
+            score.plot([row["score"]], [at], marker=marker, color=color)
+            cost.plot([row["cost"]], [at], marker=marker, color=color)
+            known = row["low"] is not None
+            if row["difference"] is not None:
+                ahead.plot([row["difference"]], [at], marker=marker, color=color,
+                           markerfacecolor=color if known else "white", gid=f"{number}-{at}")
+            if known:
+                ahead.plot([row["low"], row["high"]], [at, at], color=color)
+        most = max(row["tasks"] for row in block)
+        score.set_yticks(y, [_method(row, most) for row in block])
+        ahead.axvline(0, color=VERMILLION, linestyle=":", linewidth=1.2, zorder=1)
+        for each in (score, ahead, cost):
+            each.set_ylim(len(block) - 0.4, -0.6)
+            each.grid(axis="x", alpha=0.3)
+            each.tick_params(axis="y", length=0, labelleft=each is score)
+        kept = "" if keep == 1 else f", {100 * keep:.3g}% of the FLOPs"
+        score.set_title(f"{100 * budget:.3g}%{kept}", loc="left")
+        ahead.locator_params(axis="x", nbins=5)
+    if max(row["cost"] for row in rows) > 20:
+        logarithmic(axes[-1], "x")
+    else:
+        axes[-1].set_xlim(0, 1.1 * max(row["cost"] for row in rows))
+    for each, name in zip(axes[-3:], ("score, mean over tasks", f"ahead of {short(reference)}",
+                                      "cost, in trainings"), strict=True):
+        each.set_xlabel(name)
+    return figure
+
+
+def _method(row: Mapping[str, Any], most: int) -> str:
+    """A row's name; on how many tasks it was trained, where that is not all."""
+    return short(row["method"]) + ("" if row["tasks"] == most else f", {row['tasks']} of {most}")

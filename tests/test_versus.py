@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 from scipy import stats
 
+from searchpet.charts import methods
 from searchpet.cli import main
 from searchpet.errors import InputError
 from searchpet.versus import against
@@ -98,6 +100,27 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     assert page.read_text().splitlines()[0].startswith("| budget | method | tasks | score |")
     assert main(["compare", str(tmp_path), "--against", "theirs", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[1]["method"] == "mine"
+
+
+def test_the_command_draws(tmp_path: Path) -> None:
+    table(tmp_path, {**SCORES, "plays": {"mine": [0.6]}})
+    figure = tmp_path / "new" / "versus.svg"
+    assert main(["compare", str(tmp_path), "--against", "theirs", "--out", str(figure)]) == 0
+    text = figure.read_text()
+    assert all(name in text for name in (
+        ">mine<", ">full, 2 of 3<", ">theirs, 2 of 3<", ">ahead of theirs<", ">0.01%<"))
+
+
+def test_a_row_of_the_figure_says_what_the_line_says(tmp_path: Path) -> None:
+    lines = against([table(tmp_path)], "theirs")
+    axes = methods([asdict(line) for line in lines], "theirs").axes
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["full", "mine", "theirs"]
+    mine = lines[1]
+    drawn = [list(line.get_xdata()) for line in axes[1].lines if line.get_ydata()[0] == 1]
+    assert drawn == [[mine.difference], [mine.low, mine.high]]
+    assert [line.get_xdata()[0] for line in axes[2].lines] == [1, 1.5, 1]
+    with pytest.raises(InputError, match="needs one"):
+        methods([], "theirs")
 
 
 def test_pruning_has_a_column(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

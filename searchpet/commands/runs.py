@@ -83,7 +83,8 @@ def compare(
         "--against", metavar="METHOD", help="Compare a grid's methods with this one, over all "
         "tasks: means, differences and their intervals.")] = None,
     out: Annotated[Path | None, typer.Option(
-        "--out", "-o", help="With --against: a file for the table, as Markdown.")] = None,
+        "--out", "-o", help="With --against: a file for the table (.md) or a figure of it "
+        "(.svg, .pdf, .png).")] = None,
     json_: o.Json = False, debug: o.Debug = False,
 ) -> None:
     """Compare the results of several runs, or the methods of grids."""
@@ -108,8 +109,13 @@ def _methods(tables: list[Path], reference: str, out: Path | None, json_: bool) 
     from searchpet import versus
 
     found = versus.against(tables, reference)
-    if out is not None:
+    if out is not None and out.suffix == ".md":
         _save(versus.markdown(found), out)
+    elif out is not None:
+        from searchpet.charts import methods
+        from searchpet.plot import save
+
+        save(methods([dataclasses.asdict(line) for line in found], reference), out)
     columns, rows = versus.cells(found)
     answer([dataclasses.asdict(line) for line in found], json_, lambda views: [
         views.table(*columns, rows=rows, left=columns.index("method") + 1)])
