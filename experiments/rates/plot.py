@@ -40,7 +40,8 @@ def common(found: Curves) -> float:
 
 def table(found: Curves) -> str:
     shared = common(found)
-    lines = [f"| task | kind | best tau | its score | lost at {shared:g} |", "|---|---|---|---|---|"]
+    lines = [f"| task | kind | best tau | its score | lost at {shared:g} |",
+             "|---|---|---|---|---|"]
     for task, kinds in found.items():
         for kind, scores in kinds.items():
             best = max(sorted(scores), key=scores.__getitem__)
