@@ -30,6 +30,7 @@ from searchpet.roster import GRACE, HEARTBEAT, again, root, trials_of
 SAMPLERS = ("tpe", "nsga2", "gp", "random")
 PRUNERS = ("halving", "hyperband", "none")
 OURS = "searchpet"  # study attribute: what the study is of
+WORDS = 120  # characters at most of a difference that is shown
 ID = "id"  # study attribute: tells it from others of its name
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -160,14 +161,26 @@ def _check(study: Study, directions: Sequence[str], about: Mapping[str, Any]) ->
                          "it is not; name another --study")
     had = [d.name.lower() for d in study.directions]
     if had != list(directions):
-        raise InputError(f"study {study.study_name} has {len(had)} objectives ({', '.join(had)}), "
-                         f"but {len(directions)} are asked for; name another --study")
-    for key in sorted(before.keys() | about.keys()):
-        if before.get(key) != about.get(key):
+        noun = "objective" if len(had) == 1 else "objectives"
+        raise InputError(f"study {study.study_name} has {len(had)} {noun} ({', '.join(had)}), but "
+                         f"{len(directions)} are asked for; name another --study")
+    then, now = _flat(before), _flat(about)
+    for key in dict.fromkeys([*then, *now]):
+        if then.get(key) != now.get(key):
+            words = f"{key} was {then.get(key)!r} and is {now.get(key)!r} now"
+            if len(words) > WORDS:
+                words = f"its {key} differ"
             raise InputError(
-                f"study {study.study_name} must go on as it began, but {key} was "
-                f"{before.get(key)!r} and is {about.get(key)!r} now; repeat the first command or "
-                "name another --study")
+                f"study {study.study_name} must go on as it began, but {words}; "
+                "repeat the first command or name another --study")
+
+
+def _flat(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What a study is of, settings one by one and first: the rest may follow from them."""
+    parts = [about[name] for name in ("settings", "ask") if isinstance(about.get(name), dict)]
+    found = {key: value for part in parts for key, value in part.items() if key != "space"}
+    rest = {key: value for key, value in about.items() if key not in ("settings", "ask")}
+    return {**found, **{"knobs" if key == "space" else key: v for key, v in rest.items()}}
 
 
 def sampler(name: str, seed: int, trials: int) -> optuna.samplers.BaseSampler:

@@ -32,6 +32,7 @@ from searchpet.worker import REUSED
 SIZE = (8.0, 4.5)  # inches
 DOTS = 150  # per inch
 UNITS = {"trainable": "trainable parameters", "flops": "FLOPs", "latency": "latency, ms"}
+NAMED = 15  # trials in the legend of a figure
 WORST = 1.1  # the hypervolume's reference point, in units of the worst value of each metric
 
 
@@ -54,18 +55,20 @@ def summary(study: Study, question: Question) -> dict[str, Any]:
     latest = {root(t): t for t in trials_of(study)}
     return {
         "study": study.study_name, "metrics": list(question.metrics),
-        "wanted": question.trials, "complete": now.complete, "pruned": now.pruned,
-        "failed": now.failed, "running": now.running, "waiting": now.waiting,
+        "limits": dict(question.limits), "wanted": question.trials, "complete": now.complete,
+        "pruned": now.pruned, "failed": now.failed, "running": now.running,
+        "waiting": now.waiting,
         "front": [t.number for t in front(study, question)] if fitting(study) else [],
         "importances": importances(study, question),
         "trials": [_row(t, question) for t in latest.values()]}
 
 
 def _row(trial: FrozenTrial, question: Question) -> dict[str, Any]:
-    """A trial as plain values; values of a pruned one are those of its last rung."""
-    values = dict(zip(question.metrics, trial.values or (), strict=False))
-    if not values and trial.intermediate_values:
-        values = {"score": trial.intermediate_values[max(trial.intermediate_values)]}
+    """A trial as plain values; the score of a pruned one is that of its last rung."""
+    values = {name: trial.user_attrs[name] for name in question.limits if name in trial.user_attrs}
+    values |= dict(zip(question.metrics, trial.values or (), strict=False))
+    if "score" not in values and trial.intermediate_values:
+        values |= {"score": trial.intermediate_values[max(trial.intermediate_values)]}
     return {
         "number": trial.number, "state": trial.state.name.lower(), **values,
         "steps": max(trial.intermediate_values, default=None),
@@ -115,7 +118,7 @@ def figures(study: Study, question: Question) -> dict[str, bytes]:
             study, params=names, target=_score(question) if several else None,
             target_name="score")
     if question.prunes and len(question.rungs) > 1:
-        plots["rungs"] = lambda: drawn.plot_intermediate_values(study)
+        plots["rungs"] = lambda: _rungs(study)
     if several and done:
         plots |= {"front": lambda: charts.front(*points(study, question)),
                   "hypervolume": lambda: _hypervolume(
@@ -137,6 +140,14 @@ def points(study: Study, question: Question,
     names = {name: UNITS.get(name, name) for name in question.metrics}
     return ([dict(zip(question.metrics, t.values, strict=True)) for t in done],
             [t.number in best for t in done], names)
+
+
+def _rungs(study: Study) -> Any:
+    axes = optuna.visualization.matplotlib.plot_intermediate_values(study)
+    names = axes.get_legend()
+    if names is not None and len(axes.lines) > NAMED:
+        names.remove()  # they would be higher than the figure
+    return axes
 
 
 def _hypervolume(study: Study, reference: list[float], question: Question) -> Any:

@@ -115,8 +115,8 @@ def tune(
     crew = Crew(storage or f"sqlite:///{folder.path / FILE}", study or folder.path.name,
                 folder.path, jobs, artifacts or str((folder.path / STORE).resolve()),
                 chosen.data, chosen.device, tuple(plugins))
-    open_store(crew.artifacts, make=True)
     made = create(crew.storage, crew.study, question.directions, about(question), resume)
+    open_store(crew.artifacts, make=True)  # not before: a study that is refused leaves no files
     own(made, folder, begun=True)
     made.set_user_attr("trials", trials)
     made.set_user_attr(STORE, crew.artifacts)

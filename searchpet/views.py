@@ -98,6 +98,8 @@ def finished(values: Mapping[str, Any], path: Path) -> Iterable[Any]:
         yield f"      {shlex.join(['searchpet', 'predict', str(path)])} FILE"
     if (path / "study.db").is_file():
         yield f"      {shlex.join(['searchpet', 'trials', str(path)])}"
+    elif study := values.get("study"):  # its storage's address may hold a password
+        yield f"      {shlex.join(['searchpet', 'trials', study['name']])} --storage ADDRESS"
 
 
 def saved(path: Path) -> Table:
@@ -108,6 +110,8 @@ def saved(path: Path) -> Table:
             for name, what in known.items() if (path / name).is_file()]
     if (path / "controls").is_dir():
         rows.append(["the controls", str(path / "controls"), ""])
+    if (path / "front").is_dir():
+        rows.append(["the Pareto front's structures", str(path / "front"), ""])
     return table("saved", "where", "size", rows=rows, left=2)
 
 
@@ -308,14 +312,17 @@ def study(found: Mapping[str, Any]) -> Iterable[Any]:
     """A study: its trials, and what its knobs matter."""
     yield (f"{found['study']}: {found['complete']} complete, {found['pruned']} pruned, "
            f"{found['failed']} failed, {found['running']} running, of {found['wanted']} trials")
+    columns = list(dict.fromkeys([*found["metrics"], *found["limits"]]))
     yield ""
-    yield table("trial", "state", *found["metrics"], "steps", "seconds", left=2, rows=[
+    yield table("trial", "state", *columns, "steps", "seconds", left=2, rows=[
         [f"{t['number']}{' *' if t['number'] in found['front'] else ''}",
          t["state"] + ("" if t["reused"] is None else f", as trial {t['reused']}"),
-         *(_value(name, t.get(name)) for name in found["metrics"]), t["steps"], t["seconds"]]
+         *(_value(name, t.get(name)) for name in columns), t["steps"], t["seconds"]]
         for t in found["trials"]])
     if found["front"]:
-        yield "* best" if len(found["metrics"]) == 1 else "* on the Pareto front"
+        within = ", ".join(f"{name} <= {most:,g}" for name, most in found["limits"].items())
+        yield ("* best" if len(found["metrics"]) == 1 else "* on the Pareto front") + (
+            within and f" of those with {within}")
     yield from (f"trial {t['number']} failed: {t['failure']}" for t in found["trials"]
                 if t["failure"])
     if found["importances"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,9 @@ import optuna
 import pytest
 import torch
 from optuna.trial import FrozenTrial, Trial, TrialState
+from rich.console import Console
 
+from searchpet import views
 from searchpet.ask import Ask
 from searchpet.collect import fitting, keep, open_store, own, winner
 from searchpet.errors import InputError
@@ -19,7 +22,7 @@ from searchpet.roster import again, me, root, standing, trials_of
 from searchpet.run import RunFolder
 from searchpet.settings import Settings
 from searchpet.study import create, pruner, sampler
-from searchpet.trials import figures, summary
+from searchpet.trials import figures, summary, write
 from searchpet.tunefile import TuneFile, read_tune
 from searchpet.worker import Worker
 from searchpet.workers import Crew, _Watch
@@ -199,6 +202,23 @@ def test_a_study_in_which_nothing_fits_yet_can_be_looked_at(tmp_path: Path) -> N
     assert found["front"] == [] and found["complete"] == 1
 
 
+def test_a_table_shows_what_is_limited(tmp_path: Path) -> None:
+    """Else nobody sees why a better score is not the best."""
+    study, question = study_in(tmp_path), asked(limits={"flops": 100.0})
+    for score, flops in ((0.9, 200), (0.6, 50)):
+        study.tell(ended(study, score, flops), score)
+    console = Console(file=io.StringIO(), width=80)
+    for part in views.study(summary(study, question)):
+        console.print(part, markup=False)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "* best of those with flops <= 100" in text
+    rows = [line.split() for line in text.splitlines() if "complete  0." in line]
+    assert rows == [["0", "complete", "0.9000", "200"], ["1", "*", "complete", "0.6000", "50"]]
+    write(study, question, tmp_path / "drawn")
+    page = (tmp_path / "drawn" / "study.html").read_text()
+    assert "judged by score,\nflops at most 100." in page and "<th>flops</th>" in page
+
+
 def test_of_equal_scores_the_cheapest_wins() -> None:
     study = optuna.create_study(directions=["maximize", "minimize"])
     for score, size in ((0.6, 500), (0.6, 100), (0.5, 1), (0.6, 100)):
@@ -229,6 +249,18 @@ def test_a_knob_that_was_never_turned_has_no_importance(tmp_path: Path) -> None:
     study.tell(study.ask(knobs), 0.9)
     assert list(summary(study, question)["importances"]) == ["strategy"]
     assert "importance" in figures(study, question)
+
+
+def test_many_trials_do_not_stretch_a_figure(tmp_path: Path) -> None:
+    study, question = study_in(tmp_path), asked()
+    heights = []
+    for _ in range(2):
+        for _ in range(15):
+            trial = reported(study, 0.5)
+            study.tell(trial, 0.5)
+        png = figures(study, question)["rungs"]
+        heights.append(int.from_bytes(png[20:24], "big"))  # pixels, of the header
+    assert heights[1] <= heights[0]
 
 
 # --- what is said meanwhile ---

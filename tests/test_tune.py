@@ -265,6 +265,7 @@ def test_worse_trials_are_pruned_after_few_steps(place: Path) -> None:
 def test_several_metrics_give_a_front(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [*JOB, "--steps", "20", "--metric", "score,trainable,flops", "--trials", "8"]
     assert cli.main([*words, "--sampler", "random", "--out", "front", "-q"]) == 0
+    assert "the Pareto front's structures  front/front" in capsys.readouterr().out
     result = json.loads((place / "front" / "result.json").read_text())
     front = result["study"]["front"]
     assert front[0]["score"] == result["score"] == max(row["score"] for row in front)
@@ -534,7 +535,9 @@ def test_repetitions_do_not_move_the_trials_after_them() -> None:
 # --- workers and collecting elsewhere ---
 
 
-def test_a_worker_joins_and_another_place_collects(place: Path) -> None:
+def test_a_worker_joins_and_another_place_collects(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main([*QUICK, "--trials", "2", "--out", "parent", "-q"]) == 0
     study = join("sqlite:///parent/study.db", None)
     study.set_user_attr("trials", 4)
@@ -544,6 +547,7 @@ def test_a_worker_joins_and_another_place_collects(place: Path) -> None:
     assert list((place / "elsewhere" / "trials").iterdir())
     words = ["tune", "--collect", "--storage", "sqlite:///parent/study.db", "--device", "cpu"]
     assert cli.main([*words, "--out", "collected", "-q"]) == 0
+    assert "searchpet trials parent --storage ADDRESS" in capsys.readouterr().out
     best = max(t.value for t in trials("parent") if t.value is not None)
     assert json.loads(Path("collected/result.json").read_text())["score"] == best
     assert cli.main(["verify", "collected"]) == 0
@@ -603,12 +607,14 @@ def test_another_question_is_refused(done: Path, capsys: pytest.CaptureFixture[s
     storage = f"sqlite:///{done}/study.db"
     for words, message in (
             ([], "study done|--study must be a new name"),
-            (["--resume", "--metric", "score,trainable"], "1 objectives"),
-            (["--resume", "--tau", "0.2"], "must go on as it began, but settings")):
+            (["--resume", "--metric", "score,trainable"], "1 objective "),
+            (["--resume", "--tau", "0.2"], "but tau was 0.1 and is 0.2 now"),
+            (["--resume", "--knobs", "fast.toml"], "but its knobs differ")):
         capsys.readouterr()
         job = [*JOB, "--trials", "7", "--storage", storage, "--study", "done", "-q"]
         assert cli.main([*job, "--out", f"other{len(words)}{words[-1:]}", *words]) == 2
         assert re.search(message, capsys.readouterr().err)
+        assert not (Path(f"other{len(words)}{words[-1:]}") / "artifacts").exists()  # free again
 
 
 def test_a_study_of_another_version_is_refused(
@@ -665,7 +671,7 @@ def test_passwords_are_not_shown() -> None:
 def test_the_table_says_why_a_trial_failed() -> None:
     row = {"state": "fail", "score": None, "steps": None, "seconds": 0.2, "reused": None}
     found = {"study": "s", "complete": 0, "pruned": 0, "failed": 2, "running": 0, "wanted": 3,
-             "metrics": ["score"], "front": [], "importances": {},
+             "metrics": ["score"], "limits": {}, "front": [], "importances": {},
              "trials": [
                  {**row, "number": 0, "failure": "no budget"},
                  {**row, "number": 1, "failure": None}]}
