@@ -22,6 +22,7 @@ from searchpet.errors import InputError, listed
 from searchpet.merge import merge
 
 WAY = "keep the run and load it with searchpet.load"
+BARE = "search with --forbid kind=bias,role=norm.*"  # where norms have none: no format takes them
 # names of config keys, whatever the family: what a config says is checked on what it builds
 _WIDTHS = ("intermediate_size", "d_ff", "n_inner", "ffn_dim", "encoder_ffn_dim",
            "decoder_ffn_dim", "hidden_dim")
@@ -76,9 +77,13 @@ def _placed(model: nn.Module, lack: Sequence[Any], needs_config: bool) -> list[s
             for flag in chosen:
                 setattr(config, flag, True)
             return paths
-    named = listed([f"{g.kind} at {g.site.path}" for g in lack])
+    norms = [g for g in lack if g.site.form == "norm"]
+    named = listed([f"{g.kind} at {g.site.path}" for g in (lack if needs_config else norms)])
+    other = [BARE] if norms else []
+    if needs_config:
+        other.append("take --format peft")
     raise InputError(f"a bias must have a place in the family's config, but {config.model_type} "
-                     f"has none for {named}; {WAY}, or take --format peft")
+                     f"has none for {named}; {WAY}, or {' and '.join(other)}")
 
 
 def _biased(model: nn.Module, config: Any) -> list[str]:

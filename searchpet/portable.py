@@ -106,12 +106,15 @@ def _refuse(model: nn.Module, members: Sequence[Graft]) -> None:
             reasons[reason].append(f"{graft.kind} at {graft.site.path}")
     if reasons:
         told = "; ".join(f"{listed(places)} ({reason})" for reason, places in reasons.items())
-        way = "take --format merged" if set(reasons) == {_FULL} else OWN
+        way = _WAYS.get(next(iter(reasons)), OWN) if len(reasons) == 1 else OWN
         raise InputError("PEFT must have a form for every position of a structure, but it has "
                          f"none for {told}; {way}")
 
 
 _FULL = "a full update of a matrix"
+_BARE = "a norm without a bias"
+_WAYS = {_FULL: "take --format merged",
+         _BARE: f"{OWN}, or search with --forbid kind=bias,role=norm.*"}
 
 
 def _reason(model: nn.Module, graft: Graft) -> str | None:
@@ -125,7 +128,7 @@ def _reason(model: nn.Module, graft: Graft) -> str | None:
         return _FULL
     bare = getattr(model.get_submodule(graft.at), "bias", None) is None
     if affine.c is not None and graft.site.form == "norm" and bare:
-        return "a norm without a bias"
+        return _BARE
     return None
 
 

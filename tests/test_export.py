@@ -225,10 +225,22 @@ def test_what_peft_cannot_say_is_refused_by_position(kind: str, message: str) ->
 @pytest.mark.parametrize("family", BARE)
 def test_a_bias_on_a_norm_that_has_none_is_refused(family: str, tmp_path: Path) -> None:
     model, spec = applied(family, tiny.rule("bias", form="norm"))
-    with pytest.raises(InputError, match=r"none for bias at .*norm.* \(a norm without a bias\)"):
+    way = r"search with --forbid kind=bias,role=norm\.\*"
+    with pytest.raises(InputError, match=rf"bias at .* \(a norm without a bias\).* {way}"):
         portable.adapters(model, tiny.head_of(tiny.model(family)))
-    with pytest.raises(InputError, match=rf"{family} has none for bias at .*norm.* --format peft"):
+    with pytest.raises(InputError, match=rf"bias at .*norm.* {way} and take --format peft"):
         to_merged(loaded(family, model), spec, tmp_path)
+
+
+@pytest.mark.parametrize("family", BARE)
+def test_onnx_refuses_a_bias_on_a_norm_alone(family: str, tmp_path: Path) -> None:
+    """It takes those on linears, and PEFT would not take the norm's either."""
+    model, _ = applied(family, tiny.rule("bias"))
+    with pytest.raises(InputError, match=r"bias at .*norm.* --forbid kind=bias") as caught:
+        to_onnx(loaded(family, model), tmp_path)
+    named = str(caught.value).split("has none for ")[1].split(";")[0]
+    assert all("norm" in place for place in named.split(", "))
+    assert "peft" not in str(caught.value)
 
 
 def test_what_is_not_affine_is_not_merged(tmp_path: Path) -> None:
