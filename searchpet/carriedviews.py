@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import shlex
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from searchpet.spec import Spec
+from searchpet.transfer import fates
 from searchpet.views import share, table
 
 
@@ -24,11 +24,7 @@ def account(report: Mapping[str, Any]) -> Iterable[Any]:
     yield table("role", "kind", "kept in source", "kept there", left=2, rows=[
         [row["role"], row["kind"], row["source"], row["target"]] for row in report["roles"]])
     yield ""
-    counts = Counter((e["verdict"], e["why"]) for e in report["entries"])
-    order = ("mapped", "approximated", "dropped")
-    rows = sorted(counts.items(), key=lambda item: (order.index(item[0][0]), -item[1]))
-    yield table("entries", "why", "number", left=2, rows=[
-        [verdict, why or "same role and kind", n] for (verdict, why), n in rows])
+    yield table("entries", "why", "number", left=2, rows=[list(row) for row in fates(report)])
     yield ""
     for note in report["notes"]:
         yield f"note: {note}"

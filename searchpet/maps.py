@@ -228,9 +228,10 @@ def frequency(specs: Sequence[Spec | Outline]) -> Figure:
         for r, row in enumerate(values):
             for layer, value in zip(board.columns, row, strict=True):
                 if not math.isnan(value):
-                    axes.text(layer, r, f"{100 * value:.0f}", ha="center", va="center",
+                    axes.text(layer, r, f"{value:.0%}", ha="center", va="center",
                               fontsize=7, color="white" if value > 0.55 else BLACK)
-    figure.colorbar(image, ax=axes, label="selection frequency", shrink=0.9, pad=0.02)
+    figure.colorbar(image, ax=axes, label="selection frequency", shrink=0.9, pad=0.02,
+                    format="{x:.0%}")
     overlap = [len(a & b) / max(1, len(a | b)) for a, b in combinations(
         [coordinates(one.places) for one in found], 2)]
     headline(figure, f"{len(found)} structures; two of them share "

@@ -27,6 +27,7 @@ from searchpet.spec import Entry, Spec, canonical
 SINGLE = "masks of single weights say nothing of other weights; search there"
 UNPLANNED = "the spec has no plan of what it prunes"
 BEYOND = "the budget reaches none of its places"
+REMOVED = "pruning leaves nothing of its places"
 
 
 @dataclass(frozen=True)
@@ -177,10 +178,15 @@ def first_come(spec: Spec, space: Space, worth: Tensor) -> Tensor:
     return found
 
 
-def close(of: Draft, entries: Sequence[Entry]) -> dict[Place, int]:
-    """How many coordinates each place got; entries that came away with nothing are dropped."""
+def close(of: Draft, entries: Sequence[Entry], price: Tensor) -> dict[Place, int]:
+    """How many coordinates each place got; entries that came away with nothing are dropped.
+
+    price (units,): of each unit, 0 for PET on what is pruned.
+    """
+    left = {(p.site.path, p.site.role, p.kind) for p in of.space.placements
+            if (price[of.space.unit[p.start : p.start + p.width]] > 0).any()}
     got = {(e.path, e.role, e.kind): len(e.kept) for e in entries}
     for m in of.matches:
         if m.shares and not any(got.get(place) for place in m.shares):
-            m.drop(BEYOND)
+            m.drop(REMOVED if left.isdisjoint(m.shares) else BEYOND)
     return got

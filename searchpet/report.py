@@ -29,6 +29,7 @@ from searchpet.propose import SMALLER
 from searchpet.recall import command_of
 from searchpet.run import RunFolder
 from searchpet.spec import Spec
+from searchpet.transfer import REPORT, fates
 from searchpet.views import duration, figure, kept, share, size
 
 P = ParamSpec("P")
@@ -70,7 +71,8 @@ def write(run: str | Path) -> Path:
         usage=usage(folder, values), provenance=provenance(values, spec),
         files=[(name, told, size((folder.path / name).stat().st_size))
                for name, told in FILES.items() if folder.has(name)],
-        best=_best(values), keep=kept(values["keep"]) if values["keep"] else "",
+        carried=carried(folder), best=_best(values),
+        keep=kept(values["keep"]) if values["keep"] else "",
         backbone=spec.backbone.name if spec else "", share=share(values["fraction"]))
     folder.write_text(FILE, page)
     return folder.path / FILE
@@ -139,11 +141,27 @@ def answer(values: Mapping[str, Any]) -> list[str]:
                     "shows them.")
     elif v["strategy"] not in ("full", "head"):
         said.append("It was trained without controls, so this page cannot say whether another "
-                    "structure of its size would do as well; searchpet search trains some.")
+                    f"structure of its size would do as well; {_trains(v)} trains some.")
     if full is not None and v["strategy"] != "full":
         said.append(f"Full fine-tuning of all {v['backbone']:,} parameters reaches {full:.4f} "
                     f"here: {100 * (v['score'] - full):+.2f} points from there.")
     return said
+
+
+def _trains(values: Mapping[str, Any]) -> str:
+    """The command that trains controls beside a structure."""
+    return f"searchpet {'transfer --controls 1' if values['strategy'] == 'transfer' else 'search'}"
+
+
+def carried(folder: RunFolder) -> dict[str, Any]:
+    """What became of the source of a transfer, by role and by entry; empty for other runs."""
+    if not folder.has(REPORT):
+        return {}
+    report = folder.read_json(REPORT)
+    return {"source": report["source"]["backbone"], "notes": report["notes"],
+            "fates": fates(report), "roles": [
+                (row["role"], row["kind"], figure(row["source"]), figure(row["target"]))
+                for row in report["roles"]]}
 
 
 def rows(values: Mapping[str, Any]) -> list[tuple[str, str, str, str, bool]]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -203,7 +203,7 @@ def carry(spec: Spec, identity: Identity, model: nn.Module, budget: str | None, 
     if not used:
         limits.afford(int(plan.space.cost[~plan.space.prunes].min()) + head)
     entries = found.entries(keep)
-    close(plan, entries)
+    close(plan, entries, found.price(keep.double()))
     moved = Spec(
         backbone=home, entries=entries, plan=found.plan(keep) if found.keep else (),
         budget=BudgetUse(text=limits.text, limit=limits.limit, used=used + head,
@@ -264,6 +264,13 @@ def _report(spec: Spec, moved: Spec, matches: Sequence[Match], target: Target,
                      "verdict": m.verdict, "why": m.why,
                      "to": [":".join(place) for place in m.shares]} for m in matches],
         "roles": _roles(spec, moved)}
+
+
+def fates(report: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """(verdict, why, how many entries) of a report, the most frequent of a verdict first."""
+    counts = Counter((e["verdict"], e["why"] or "same role and kind") for e in report["entries"])
+    return [(verdict, why, n) for (verdict, why), n in sorted(
+        counts.items(), key=lambda item: (VERDICTS.index(item[0][0]), -item[1]))]
 
 
 def _roles(spec: Spec, moved: Spec) -> list[dict[str, Any]]:

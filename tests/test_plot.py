@@ -193,6 +193,8 @@ def test_frequency_counts_coordinates_over_specs() -> None:
     assert [bar.get_height() for bar in figure.axes[1].patches] == [1, 1, 1]  # 2; 1; 0
     cell = figure.axes[0].images[0].get_array()
     assert float(cell[0, 0]) == pytest.approx((3 + 2 + 1) / 9)
+    assert "67%" in [text.get_text() for text in figure.axes[0].texts]  # in the words of the bar
+    assert "100%" in [tick.get_text() for tick in figure.axes[2].get_yticklabels()]
     assert "share 56%" in figure._suptitle.get_text()  # 1/3, 1, 1/3
     with pytest.raises(InputError, match="two specs or more"):
         plot.frequency(specs[:1])

@@ -235,6 +235,17 @@ def test_python_leaves_a_page_too(place: Path) -> None:
     assert "What came out" in page("python").text
 
 
+def test_a_transfer_says_what_became_of_its_source(place: Path) -> None:
+    text = page("moved").text
+    report = json.loads((place / "moved/transfer.json").read_text())
+    assert "What was carried over" in text and "What was carried over" not in page("found").text
+    for entry in report["entries"]:
+        assert entry["verdict"] in text and (entry["why"] or "same role and kind") in text
+    assert all(note in text for note in report["notes"])
+    assert f"made for {report['source']['backbone']} is carried over" in text
+    assert "searchpet transfer --controls 1 trains some" in text
+
+
 def test_a_page_that_fails_costs_no_run(place: Path) -> None:
     def broken(run: Any) -> None:
         raise ValueError("no ink")

@@ -220,7 +220,10 @@ def test_a_sublayer_that_is_gone_is_gone_at_its_depth() -> None:
     plan = tuple(r.model_copy(update={"kept": float(not (r.role == "ffn.block" and r.depth == 1))
                                       if r.kind == "sublayers" else 1.0}) for r in spec.plan)
     to = bert(2 * layers)
-    moved, _ = carried(spec.model_copy(update={"plan": plan}), to)
+    moved, report = carried(spec.model_copy(update={"plan": plan}), to)
+    why = {e["why"] for e in report["entries"] if e["verdict"] == "dropped" and "ffn" in e["entry"]
+           and ":norm" not in e["entry"]}
+    assert why == {"pruning leaves nothing of its places"}
     gone = {(e.role, e.layer) for e in moved.entries if e.kind == "sublayers"}
     assert gone <= {("ffn.block", 2), ("ffn.block", 3)} and gone
 
