@@ -3,7 +3,8 @@
     python -m experiments.transfer.summary
 
 Rows are where structures come from, columns where they are trained; a cell is the mean score over
-trainings, and in brackets its share of what the column's own structure reaches.
+trainings, and in brackets its share of what the column's own structure reaches.  A task on which
+that reaches nothing counts for no share and no mean.
 """
 
 from __future__ import annotations
@@ -25,23 +26,31 @@ def means() -> dict[str, dict[str, float]]:
             for method, tasks in scores.items()}
 
 
+def cell(score: float, own: float) -> str:
+    return f"{score:.4f} ({score / own:.3f})" if own else f"{score:.4f}"
+
+
 def main() -> None:
     found = means()
     own = {task: found[f"from {task}"][task] for task in found["random"]}
-    print(f"| structure | {' | '.join(own)} | mean |\n|---{'|---' * (len(own) + 1)}|")
+    told = [task for task in own if own[task]]
+    print(f"| structure | {' | '.join(own)} | mean of {len(told)} |")
+    print(f"|---{'|---' * (len(own) + 1)}|")
     for method, scores in found.items():
-        cells = [f"{scores[task]:.4f} ({scores[task] / own[task]:.3f})" for task in own]
-        mean = statistics.fmean(scores[task] for task in own)
-        share = statistics.fmean(scores[task] / own[task] for task in own)
+        cells = [cell(scores[task], own[task]) for task in own]
+        mean = statistics.fmean(scores[task] for task in told)
+        share = statistics.fmean(scores[task] / own[task] for task in told)
         print(f"| {method} | {' | '.join(cells)} | {mean:.4f} ({share:.3f}) |")
-    elsewhere = [(found[f"from {a}"][b], own[b], found["random"][b], found["random:unit"][b])
-                 for a in own for b in own if a != b]
-    kept = statistics.fmean(score / best for score, best, _, _ in elsewhere)
-    modules, units = (statistics.fmean(row[0] - row[i] for row in elsewhere) for i in (2, 3))
-    print(f"\nOf {len(elsewhere)} transfers: share of the own structure's score {kept:.4f}; ahead "
-          f"of random modules by {modules:+.4f}, of random units by {units:+.4f}")
-    shared = statistics.fmean(found["shared"][task] - own[task] for task in own)
-    print(f"One structure for all: {shared:+.4f} beside the own ones")
+    for name, sources in (("all", list(own)), ("without tasks that taught nothing", told)):
+        elsewhere = [(a, b) for a in sources for b in told if a != b]
+        kept = statistics.fmean(found[f"from {a}"][b] / own[b] for a, b in elsewhere)
+        ahead = [statistics.fmean(found[f"from {a}"][b] - found[other][b] for a, b in elsewhere)
+                 for other in ("random", "random:unit")]
+        print(f"\n{len(elsewhere)} transfers ({name}): share of the own structure's score "
+              f"{kept:.4f}; ahead of random modules by {ahead[0]:+.4f}, of random units by "
+              f"{ahead[1]:+.4f}")
+    shared = statistics.fmean(found["shared"][task] - own[task] for task in told)
+    print(f"\nOne structure for all: {shared:+.4f} beside the own ones")
 
 
 if __name__ == "__main__":
