@@ -122,7 +122,7 @@ def _run_cell(bench: Bench, cell: Cell, session: Session) -> None:
         if cell.key(structure, seed) not in done:
             method, seconds = found[structure]
             row = _final(bench, cell, session, method, (structure, seed), tau)
-            line = _line(cell, session, row, (structure, seed), seconds)
+            line = _line(cell, session, method, row, (structure, seed), seconds)
             bench.results.add(line)
             bench.progress(f"{cell} structure {structure} seed {seed} tau {tau:g}: "
                            f"{line['metric']} {line['score']:.4f} on {line['split']}")
@@ -192,7 +192,7 @@ def _swept(bench: Bench, cell: Cell, session: Session, method: Trainee, seconds:
         if cell.key(0, seed, tau) not in bench.sweeps.rows():
             row = once.train(session, _sweep_folder(cell, tau), method, seed, tau=tau,
                              start=_start(cell, 0))
-            line = _line(cell, session, row, (0, seed), seconds)
+            line = _line(cell, session, method, row, (0, seed), seconds)
             bench.sweeps.add(line)
             bench.progress(f"{cell} sweep tau {tau:g}: {line['metric']} {line['score']:.4f} on "
                            "validation")
@@ -235,15 +235,19 @@ def _test_score(session: Session, spec: Spec, folder: RunFolder, seed: int) -> f
         return float(session.evaluate(model, "test")[session.task.metrics[0]])
 
 
-def _line(cell: Cell, session: Session, row: Mapping[str, Any], seeds: tuple[int, int],
-          search_seconds: float) -> Row:
-    """A line of results.jsonl or sweep.jsonl."""
+def _line(cell: Cell, session: Session, method: Trainee, row: Mapping[str, Any],
+          seeds: tuple[int, int], search_seconds: float) -> Row:
+    """A line of results.jsonl or sweep.jsonl.
+
+    It says which structure was trained: another processor may find another one.
+    """
     return {
         "task": cell.task, "budget": cell.share, "method": cell.method.name,
         "structure_seed": seeds[0], "seed": seeds[1], "score": row["score"],
         "metric": session.task.metrics[0], "split": row.get("split", "validation"),
         "trainable": row["trainable"], "tau": row["tau"], "search_seconds": search_seconds,
         "train_seconds": row["train_seconds"],
+        **({"structure": method.hash[:12]} if isinstance(method, Spec) else {}),
         **({"keep": cell.kept} if cell.keep else {}),
         **({"most": row["most"]} if row.get("most") else {}),
     }

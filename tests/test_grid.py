@@ -88,6 +88,18 @@ def test_every_training_has_a_line(whole: Path) -> None:
         assert row["trainable"] <= row["budget"] * 25408 + 1e-6
 
 
+def test_a_line_says_which_structure_was_trained(whole: Path) -> None:
+    rows = lines(whole)
+    structures = {(r["method"], r["budget"], r["structure_seed"]): r.get("structure")
+                  for r in rows}
+    assert len({(r["method"], r["budget"], r["structure_seed"], r.get("structure"))
+                for r in rows}) == len(structures)
+    for folder in whole.glob("work/films/*/*/structure-*"):
+        if (folder / "spec.json").is_file():
+            assert Spec.load(folder).hash[:12] in structures.values()
+    assert [name for (name, *_), found in structures.items() if found is None] == ["head"]
+
+
 def test_the_sweeps_own_training_counts_as_if_trained_again(
     whole: Path, home: Path
 ) -> None:
