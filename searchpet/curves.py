@@ -236,31 +236,34 @@ def _at_the_end(axes: Axes, x: float, ends: Sequence[float], names: Sequence[tup
 
 @drawn
 def learning(trainings: Sequence[Learning], metric: str = "score") -> Figure:
-    """Learning curves: the loss of the first training, and validation scores of all.
+    """Learning curves: validation scores of all trainings, and the loss of the first if logged.
 
     Raises InputError where there is none.
     """
     if not trainings:
         raise InputError("learning curves need a training that left a log, but there is none; "
                          "train the spec again")
-    figure, (above, below) = sheet(5.6, 4.8, 2, 1, sharex=True, height_ratios=[1.7, 1])
+    first = trainings[0]
+    if first.loss:
+        figure, (above, below) = sheet(5.6, 4.8, 2, 1, sharex=True, height_ratios=[1.7, 1])
+        below.plot(*zip(*first.loss, strict=True), color=CYCLE[0],
+                   marker="o" if len(first.loss) == 1 else "")
+        below.set_ylabel(f"loss, {short(first.name, 12)}")
+    else:  # shorter than what lies between two lines of a log
+        figure, (above,) = sheet(5.6, 3.4)
     for number, one in enumerate(trainings):
         if one.scores:
             above.plot(*zip(*one.scores, strict=True), color=CYCLE[number % len(CYCLE)],
                        marker=MARKERS[number % len(MARKERS)], markersize=4.5, label=one.name,
                        linestyle=DASHES[number % len(DASHES)])
-    first = trainings[0]
     at: Mapping[int, float] = dict(first.scores)
     if first.best is not None and first.best in at:
         above.plot([first.best], [at[first.best]], marker="o", markersize=11, color=BLACK,
                    fillstyle="none", linestyle="none", label="kept checkpoint")
     above.set_ylabel(f"{short(metric, 20)}, validation")
     above.margins(y=0.12)
-    if first.loss:
-        below.plot(*zip(*first.loss, strict=True), color=CYCLE[0],
-                   marker="o" if len(first.loss) == 1 else "")
-    below.set(xlabel="step of the training", ylabel=f"loss, {short(first.name, 12)}")
-    for axes in (above, below):
+    figure.axes[-1].set_xlabel("step of the training")
+    for axes in figure.axes:
         axes.grid(axis="y")
     handles, names = above.get_legend_handles_labels()
     if handles:

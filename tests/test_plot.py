@@ -476,6 +476,13 @@ def test_learning_reads_every_evaluation_and_each_step_once(place: Path) -> None
         log.write_text(before)
 
 
+def test_a_training_that_logged_no_loss_has_no_empty_panel() -> None:
+    logged, short = (plot.Learning("found", loss, ((0, 0.5), (8, 0.7)), 8)
+                     for loss in (((8, 0.6),), ()))
+    assert [len(plot.learning([one]).axes) for one in (logged, short)] == [2, 1]
+    assert plot.learning([short]).axes[-1].get_xlabel() == "step of the training"
+
+
 def test_an_older_run_is_drawn_from_its_log(place: Path, tmp_path: Path) -> None:
     for name in ("log.jsonl", "spec.json"):
         (tmp_path / name).write_text(Path("one", name).read_text())
