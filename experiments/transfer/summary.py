@@ -1,39 +1,42 @@
 """What a structure keeps of its worth on other tasks: a matrix and its means, from results.jsonl.
 
-    python -m experiments.transfer.summary
+    python -m experiments.transfer.summary [experiments/transfer/before]
 
 Rows are where structures come from, columns where they are trained; a cell is the mean score over
 trainings, and in brackets its share of what the column's own structure reaches.  A task on which
-that reaches nothing counts for no share and no mean.
+that reaches next to nothing counts for no share and no mean; one that lacks trainings is left out.
 """
 
 from __future__ import annotations
 
 import statistics
+import sys
 from pathlib import Path
 
 from searchpet.ledger import RESULT_KEY, Ledger
 
-HOME = Path(__file__).parent
+NOTHING = 0.1  # the own structure's score, below which a share of it means nothing
 
 
-def means() -> dict[str, dict[str, float]]:
+def means(folder: Path) -> dict[str, dict[str, float]]:
     """method -> task -> mean score over trainings."""
     scores: dict[str, dict[str, list[float]]] = {}
-    for row in Ledger(HOME / "results.jsonl", RESULT_KEY).rows().values():
+    for row in Ledger(folder / "results.jsonl", RESULT_KEY).rows().values():
         scores.setdefault(row["method"], {}).setdefault(row["task"], []).append(row["score"])
     return {method: {task: statistics.fmean(found) for task, found in tasks.items()}
             for method, tasks in scores.items()}
 
 
 def cell(score: float, own: float) -> str:
-    return f"{score:.4f} ({score / own:.3f})" if own else f"{score:.4f}"
+    return f"{score:.4f} ({score / own:.3f})" if own >= NOTHING else f"{score:.4f}"
 
 
 def main() -> None:
-    found = means()
-    own = {task: found[f"from {task}"][task] for task in found["random"]}
-    told = [task for task in own if own[task]]
+    found = means(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)
+    own = {task: found[f"from {task}"][task] for task in found["random"]
+           if all(task in scores for scores in found.values())}
+    told = [task for task in own if own[task] >= NOTHING]
+    from_ = [method for method in found if method.startswith("from ")]
     print(f"| structure | {' | '.join(own)} | mean of {len(told)} |")
     print(f"|---{'|---' * (len(own) + 1)}|")
     for method, scores in found.items():
@@ -41,16 +44,14 @@ def main() -> None:
         mean = statistics.fmean(scores[task] for task in told)
         share = statistics.fmean(scores[task] / own[task] for task in told)
         print(f"| {method} | {' | '.join(cells)} | {mean:.4f} ({share:.3f}) |")
-    for name, sources in (("all", list(own)), ("without tasks that taught nothing", told)):
-        elsewhere = [(a, b) for a in sources for b in told if a != b]
-        kept = statistics.fmean(found[f"from {a}"][b] / own[b] for a, b in elsewhere)
-        ahead = [statistics.fmean(found[f"from {a}"][b] - found[other][b] for a, b in elsewhere)
-                 for other in ("random", "random:unit")]
-        print(f"\n{len(elsewhere)} transfers ({name}): share of the own structure's score "
-              f"{kept:.4f}; ahead of random modules by {ahead[0]:+.4f}, of random units by "
-              f"{ahead[1]:+.4f}")
+    elsewhere = [(m, b) for m in from_ for b in told if m != f"from {b}"]
+    kept = statistics.fmean(found[m][b] / own[b] for m, b in elsewhere)
+    ahead = [statistics.fmean(found[m][b] - found[other][b] for m, b in elsewhere)
+             for other in ("random", "random:unit")]
+    print(f"\n{len(elsewhere)} transfers: share of the own structure's score {kept:.4f}; ahead of "
+          f"random modules by {ahead[0]:+.4f}, of random units by {ahead[1]:+.4f}")
     shared = statistics.fmean(found["shared"][task] - own[task] for task in told)
-    print(f"\nOne structure for all: {shared:+.4f} beside the own ones")
+    print(f"One structure for all: {shared:+.4f} beside the own ones")
 
 
 if __name__ == "__main__":
