@@ -9,6 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 
@@ -24,6 +25,7 @@ from searchpet.commands import (
     specs,
     tune,
 )
+from searchpet.errors import SlowWarning
 from searchpet.failures import continuation, explain
 from searchpet.interrupts import polite
 
@@ -58,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings(), _threads(debug), polite():
         if not debug:
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", SlowWarning)
+            warnings.showwarning = _warned
         try:
             launch.enter(words)
             code = typer.main.get_command(app).main(
@@ -78,6 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if code == INTERRUPTED and launch.interrupted():
         typer.echo(f"interrupted{continuation(words)}", err=True)
     return int(code or 0)
+
+
+def _warned(message: Warning | str, *where: Any) -> None:
+    """A line without the place in the code."""
+    typer.echo(f"warning: {message}", err=True)
 
 
 @contextmanager

@@ -10,10 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+EMULATED = ("--precision bf16 is fast on a processor with bf16 units, but this one has none and "
+            "takes many times as long as with --precision fp32")
+
 
 def free(tensor: Tensor) -> bool:
     """Whether a look at its values makes nobody wait."""
     return tensor.device.type == "cpu"
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether its matrix products in bf16 are its own, as far as that can be asked."""
+    if device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return True
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:

@@ -14,6 +14,10 @@ class InputError(ValueError):
     """
 
 
+class SlowWarning(UserWarning):
+    """Right, but slower than it need be.  The command line prints it, as a line of its own."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
     """The error for a name that is not in a list, with the nearest names."""
     names = sorted(known)

@@ -7,6 +7,7 @@ schedule, evaluation and head initialisation.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,13 +29,14 @@ from searchpet.apply import (
 from searchpet.backbone import Backbone, load_backbone
 from searchpet.batch import Batch, Encoded, Encodings, encode
 from searchpet.calibrate import HEAD_LR, Calibration, Parts, groups, lowered
-from searchpet.errors import InputError
+from searchpet.device import EMULATED, has_bf16
+from searchpet.errors import InputError, SlowWarning
 from searchpet.grafts import Grafts
 from searchpet.latency import Table
 from searchpet.launch import check_rows, device
 from searchpet.linear_probe import ROWS, fit_output
 from searchpet.outside import Attached, Outside
-from searchpet.processes import from_first
+from searchpet.processes import from_first, rank
 from searchpet.recovery import Objective, maps_of
 from searchpet.run import Listener, RunFolder, StageLoop, silent
 from searchpet.settings import TAU, Settings
@@ -58,6 +60,8 @@ class Session:
         self.job = ""  # what the listener is told of whose stage runs
         check_rows(settings.batch_size)
         self.device = device(settings.device)
+        if settings.precision == "bf16" and not has_bf16(self.device) and rank() == 0:
+            warnings.warn(EMULATED, SlowWarning, stacklevel=2)
         self.task: Task = self._task()
         backbone = self._load(settings.seed)
         self.identity, self.head = backbone.identity, backbone.head

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import searchpet
-from searchpet import budget, catalog, run
+from searchpet import budget, catalog, cli, run
 from searchpet.budget import shift
-from searchpet.device import free, sent
+from searchpet.device import free, has_bf16, sent
 from searchpet.errors import InputError
 from searchpet.run import StageLoop
 from tests.laws import families as tiny
@@ -140,3 +140,23 @@ def test_what_is_sent_arrives() -> None:
     x: Tensor = torch.arange(3)
     assert free(x) and sent(x, torch.device("cpu")) is x
     assert sent(x, torch.device("meta")).device.type == "meta" and not free(x.to("meta"))
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_bf16_that_is_emulated_is_told_of(
+        units: bool, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    class Ops:
+        @staticmethod
+        def _is_mkldnn_bf16_supported() -> bool:
+            return units
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Ops)
+    assert has_bf16(torch.device("cpu")) == units and has_bf16(torch.device("meta"))
+    words = ["search", "-m", str(tiny_folder), "-t", "agreement", "--budget", "5%", "--no-train",
+             "--steps", "1", "--batch-size", "2", "--device", "cpu", "--precision", "bf16",
+             "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(said) == (not units)
+    assert units or "has none and takes many times as long" in said[0]

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sqlalchemy.exc import OperationalError
 
 from searchpet import InputError, cli, failures
+from searchpet.device import EMULATED
 from searchpet.merge import merge
 from searchpet.once import _in_vain
 from searchpet.removal import removable
@@ -82,7 +83,7 @@ def _said() -> list[str]:
         merge(model)
     return [
         f"error: {not_finite.value}", f"warning: {_in_vain(object(), row)[0]}",  # type: ignore[arg-type]
-        f"error: {failures.explain(MemoryError(), search)}",
+        f"warning: {EMULATED}", f"error: {failures.explain(MemoryError(), search)}",
         f"error: {failures.explain(full, search)}",
         f"error: {failures.explain(lost, ['tune', '--out', 'runs/tuned'])}",
         str(removable(model)), str(unmerged.value),
