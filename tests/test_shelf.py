@@ -224,7 +224,7 @@ def test_wrong_shelves_are_one_line(tmp_path: Path, capsys: Any) -> None:
 
 def test_specs_of_the_package_are_what_their_cards_say() -> None:
     cards, problems = shelf.cards("searchpet")
-    assert cards and not problems
+    assert len(cards) >= 3 and not problems
     for card in cards:
         spec = Spec.load(f"searchpet:{card.name}")
         file = located(f"searchpet:{card.name}") / "spec.json"
@@ -232,7 +232,8 @@ def test_specs_of_the_package_are_what_their_cards_say() -> None:
         assert card.spec_hash == spec.hash and card.used == spec.budget.used <= card.limit
         assert card.command == spec.provenance["command"] and card.command.startswith("searchpet ")
         assert card.score is not None and card.metric and card.split and card.task
-        assert "/" not in card.command and str(Path.home()) not in file.read_text()
+        assert not any(word.startswith(("/", "~")) for word in card.command.split())
+        assert str(Path.home()) not in file.read_text()
 
 
 def test_masks_of_single_weights_go_along(tmp_path: Path) -> None:
