@@ -106,7 +106,7 @@ def missed(problem, *, warmup: int = 10):
     net.z = torch.ones(len(problem.space))
     learn = torch.optim.AdamW(net.groups(problem.rates))
     for step in range(warmup):
-        descend(problem, learn, problem.train[step])
+        descend(problem, problem.train[step], learn)
     net.z = torch.ones(len(problem.space), requires_grad=True)
     slope, = torch.autograd.grad(problem.spread(problem.valid[warmup]), net.z)
     score = slope.abs().cpu() / price

@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TextIO
 
 import typer
 
@@ -84,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(code or 0)
 
 
-def _warned(message: Warning | str, *where: Any) -> None:
+def _warned(message: Warning | str, category: type[Warning], filename: str, lineno: int,
+            file: TextIO | None = None, line: str | None = None) -> None:
     """A line without the place in the code."""
     typer.echo(f"warning: {message}", err=True)
 

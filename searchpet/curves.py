@@ -27,6 +27,7 @@ from searchpet.canvas import (
     thousands,
 )
 from searchpet.errors import InputError
+from searchpet.outline import ordered
 from searchpet.run import RunFolder
 from searchpet.trace import Record
 from searchpet.trace import read as read_record
@@ -112,8 +113,16 @@ def trainings_of(folder: RunFolder) -> list[Learning]:
     """The training of a run, then those of its controls."""
     found = [learning_of(folder, "found")]
     for sub in sorted((folder.path / CONTROLS).glob("*/")):
-        found.append(learning_of(RunFolder(sub), sub.name))
+        found.append(learning_of(RunFolder(sub), _named(sub.name)))
     return [one for one in found if one is not None]
+
+
+def _named(folder: str) -> str:
+    """A control's folder as it is called elsewhere: random:unit, the second one random:unit 2."""
+    name, _, number = folder.rpartition("-")
+    if not number.isdecimal():
+        return folder
+    return name.replace("-", ":") + (f" {int(number) + 1}" if int(number) else "")
 
 
 @drawn
@@ -163,15 +172,15 @@ def probabilities(record: Record) -> Figure:
                          sharex=True, sharey=True)
     top = min(1.2, 2 * max(g[4] for point in record.points for g in point.groups) + FLOOR)
     steps = [point.step for point in record.points]
-    for number, (own, group) in enumerate(zip(axes, record.groups, strict=False)):
-        values = [[max(FLOOR, v) for v in point.groups[number][1:]] for point in record.points]
+    for number, (own, which) in enumerate(zip(axes, _as_read(record), strict=False)):
+        values = [[max(FLOOR, v) for v in point.groups[which][1:]] for point in record.points]
         low, middle, high, most = (list(column) for column in zip(*values, strict=True))
         sole = "o" if len(steps) == 1 else ""
         own.fill_between(steps, low, high, color=SKY, alpha=0.55, linewidth=0, label="10 to 90 %")
         own.plot(steps, middle, color=BLUE, label="median", marker=sole)
         own.plot(steps, most, color=VERMILLION, linestyle="--", linewidth=1.2, label="largest",
                  marker=sole)
-        own.set_title(short(group.name), fontsize=9)
+        own.set_title(short(record.groups[which].name), fontsize=9)
         if top > 30 * _least(record):
             logarithmic(own, "y")
         own.set_ylim(max(FLOOR, 0.5 * _least(record)) if top > 30 * _least(record) else 0, top)
@@ -187,6 +196,14 @@ def probabilities(record: Record) -> Figure:
     return figure
 
 
+def _as_read(record: Record) -> list[int]:
+    """Numbers of the groups as a text passes their roles, masks last."""
+    words = [group.name.split() for group in record.groups]
+    rows = [("decoder" if "decoder" in own else "encoder", own[-1]) for own in words]
+    place = {row: i for i, row in enumerate(ordered(rows))}
+    return sorted(range(len(rows)), key=lambda i: (record.groups[i].masks, place[rows[i]]))
+
+
 def _least(record: Record) -> float:
     return min(group[1] for point in record.points for group in point.groups)
 
@@ -197,7 +214,7 @@ def shares(record: Record) -> Figure:
 
     Raises InputError for a record without roles.
     """
-    own = [i for i, group in enumerate(record.groups) if not group.masks]
+    own = [i for i in _as_read(record) if not record.groups[i].masks]
     if not own:
         raise InputError("shares over time need the record of a search, which a run from before "
                          "it was kept does not have; search again")

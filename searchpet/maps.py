@@ -194,8 +194,9 @@ def parameters(spec: Spec | Outline) -> Figure:
     thousands(left, "y")
     thousands(right, "x")
     for number, row in enumerate(rows):
-        share = f"  {behind[row] / max(1, one.total):.0%}" if behind[row] else ""
-        right.text(behind[row], number, share, va="center", fontsize=8, color=GREY)
+        share = f"{behind[row] / max(1, one.total):.0%}" if behind[row] else ""
+        right.annotate(share, (behind[row], number), (6, 0), textcoords="offset points",
+                       va="center", fontsize=8, color=GREY)
     left.grid(axis="y")
     left.set_axisbelow(True)
     headline(figure, f"{one.total:,} {one.unit}, spec {one.title}")

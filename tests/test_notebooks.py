@@ -6,7 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +87,20 @@ def test_the_rows_are_those_that_the_script_writes(tmp_path: Path) -> None:
         assert [json.loads(line) for line in lines] == names["rows"](*how)
         seen[split] = {json.loads(line)["text"].split()[-1] for line in lines}
     assert not seen["train"] & (seen["validation"] | seen["test"])
+
+
+def test_members_of_your_own_still_fit(tmp_path: Path, tiny_folder: Path) -> None:
+    """The last one's code on a tiny backbone: it is written against what every member is given."""
+    lines = (FOLDER / "6_your_own.py").read_text(encoding="utf-8").splitlines()
+    text = "\n".join(line for line in lines if not line.startswith("# %"))
+    short = text.replace("searchpet.search(", f"searchpet.search(model={str(tiny_folder)!r}, "
+                         ).replace("steps=40", "steps=14")
+    assert short.count("steps=14") == 1 and short.count(str(tiny_folder)) == 1
+    (tmp_path / "own.py").write_text(short, encoding="utf-8")
+    found = subprocess.run([sys.executable, "own.py"], cwd=tmp_path, capture_output=True,
+                           text=True, check=False,
+                           env={**os.environ, "PYTHONPATH": str(FOLDER.parent)})
+    assert found.returncode == 0, found.stderr
+    assert "1KB = 250 parameters" in found.stdout
+    entries = json.loads((tmp_path / "runs/own/spec.json").read_text())["entries"]
+    assert {entry["kind"] for entry in entries} <= {"skip", "bias"} and entries

@@ -14,7 +14,7 @@ import torch
 from matplotlib.collections import PatchCollection
 from matplotlib.figure import Figure
 
-from searchpet import canvas, cli, plot
+from searchpet import canvas, cli, curves, plot
 from searchpet.curves import logged, record_of, trainings_of
 from searchpet.discover import discover
 from searchpet.errors import InputError
@@ -462,9 +462,19 @@ def test_inputs_choose_the_figure(place: Path) -> None:
     assert plot.draw(["matrix.csv"]).axes[0].get_xlabel() == "trained on"
 
 
+def test_panels_stand_in_the_order_of_the_map(place: Path) -> None:
+    record = record_of(RunFolder("one"))
+    names = [record.groups[i].name for i in curves._as_read(record)]
+    rows = [role for _, role in ordered({("encoder", name) for name in names})]
+    assert names == rows and len(names) > 3
+    titles = [axes.get_title() for axes in curves.probabilities(record).axes]
+    assert titles == [canvas.short(name) for name in names]
+
+
 def test_learning_reads_every_evaluation_and_each_step_once(place: Path) -> None:
     found = trainings_of(RunFolder("one"))
-    assert [one.name for one in found] == ["found", "random-0", "random-unit-0"]
+    assert [one.name for one in found] == ["found", "random", "random:unit"]
+    assert [curves._named(f) for f in ("random-unit-2", "mine-x")] == ["random:unit 3", "mine-x"]
     history = json.loads(Path("one/training.json").read_text())["history"]
     assert found[0].scores == tuple(map(tuple, history))
     log = Path("one/log.jsonl")
