@@ -44,7 +44,7 @@ from searchpet.spec import Spec
 from searchpet.task import Split, Task, load_task
 from searchpet.train import Outcome, Recipe, evaluate, fit, logits_of, loss_of
 
-FULL_LR = 1e-3  # x tau = 1e-4 for full fine-tuning, the usual rate for a small encoder
+FULL_LR = 1e-3  # x tau = 5e-5 for full fine-tuning, a usual rate for a small encoder
 PROBE_ROWS = 8
 
 

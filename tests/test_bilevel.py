@@ -61,7 +61,7 @@ def test_rows_have_samples_of_their_own(levels: int) -> None:
     count = len(given.train[0]["labels"])
     assert all(z.shape == (count, len(given.space)) for z in gates[3:])
     assert all(not torch.equal(z[0], z[1]) for z in gates[3:])
-    assert all(z.dim() == 1 for z in seen(asked(), levels=levels)[1])
+    assert all(z.dim() == 1 for z in seen(asked(), levels=levels, rows=False)[1])
 
 
 def test_prune_gates_are_the_same_for_all_rows() -> None:
@@ -70,6 +70,11 @@ def test_prune_gates_are_the_same_for_all_rows() -> None:
     assert all(z.dim() == 1 for z in gates)
     assert given.limits.parameters(ranking.keep) <= 300
     assert given.keep is not None and given.limits.kept(ranking.keep) <= given.keep.limit
+
+
+def test_one_pass_a_step_unless_masks_are_searched_as_well() -> None:
+    assert len(seen(asked())[1]) == 10
+    assert len(seen(asked(share="60%"))[1]) == 3 + 2 * 7
 
 
 def test_both_learn_in_one_pass() -> None:
@@ -93,6 +98,6 @@ def test_a_search_that_was_cut_off_ends_the_same(levels: int, tmp_path: Path) ->
     assert torch.equal(again.score, whole.score) and torch.equal(again.keep, whole.keep)
 
 
-def test_levels_are_one_or_two() -> None:
-    with pytest.raises(InputError, match="bilevel.levels must be 1 or 2, but got 3"):
+def test_levels_are_at_most_two() -> None:
+    with pytest.raises(InputError, match="bilevel.levels must be 0, 1 or 2, but got 3"):
         search(asked(steps=1), levels=3)

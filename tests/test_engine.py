@@ -17,6 +17,7 @@ from searchpet import engine, once
 from searchpet.errors import InputError
 from searchpet.run import RunFolder
 from searchpet.session import Session
+from searchpet.settings import TAU
 from searchpet.spec import Spec
 
 KEYS = {"task", "metric", "split", "score", "budget_limit", "trainable", "head", "backbone",
@@ -319,7 +320,8 @@ def test_a_sweep_takes_the_tau_with_the_best_validation_score(
     longer = {**common, "steps": 12}
     result = searchpet.train(found.spec, **longer, out=tmp_path / "run", sweep=True)
     swept = result.values["sweep"]
-    assert [one["tau"] for one in swept["tried"]] == pytest.approx([0.1 / 3, 0.1, 0.3, 0.9])
+    assert [one["tau"] for one in swept["tried"]] == pytest.approx(
+        [TAU / 3, TAU, 3 * TAU, 9 * TAU])
     last = [one for one in swept["tried"] if one["steps"] > 2]
     best = max(one["score"] for one in last)
     assert len(last) == 2 and swept["tau"] in [one["tau"] for one in last if one["score"] == best]

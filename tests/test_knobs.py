@@ -12,6 +12,7 @@ from searchpet.discover import discover
 from searchpet.errors import InputError
 from searchpet.knobs import ask_of, narrowed
 from searchpet.pruning import Prune
+from searchpet.settings import TAU
 from searchpet.site import Site
 from searchpet.space import Space
 from searchpet.spacefile import SpaceFile, read_space, toml, tune_names
@@ -136,7 +137,7 @@ def test_every_tuning_space_can_be_read_and_starts_with_the_defaults(
 def test_the_defaults_are_those_of_the_command_line() -> None:
     start = read_tune("default").starts()[0]
     assert start["strategy"] == "bilevel"
-    assert start["tau"] == 0.1
+    assert start["tau"] == TAU
     assert start["kinds"] == "+".join(rule.kind for rule in read_space("nano").rule)
     assert start["option.lora.rank"] == 1
     assert (start["layers"], start["roles"]) == ("all", "*")

@@ -608,7 +608,7 @@ def test_another_question_is_refused(done: Path, capsys: pytest.CaptureFixture[s
     for words, message in (
             ([], "study done|--study must be a new name"),
             (["--resume", "--metric", "score,trainable"], "1 objective "),
-            (["--resume", "--tau", "0.2"], "but tau was 0.1 and is 0.2 now"),
+            (["--resume", "--tau", "0.2"], "but tau was 0.05 and is 0.2 now"),
             (["--resume", "--knobs", "fast.toml"], "but its knobs differ")):
         capsys.readouterr()
         job = [*JOB, "--trials", "7", "--storage", storage, "--study", "done", "-q"]

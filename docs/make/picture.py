@@ -19,7 +19,7 @@ ROLES = {"attention.query": "query", "attention.key": "key", "attention.value": 
          "ffn.out": "ffn out", "norm.ffn": "norm "}
 LAYERS = 6
 CELL, ROW, TOP = 38, 30, 128  # width and height of a cell, where the first row begins
-MOST = 40  # channels from which a cell is full
+MOST = 100  # channels that fill a cell
 
 
 def text(x: float, y: float, words: str, size: int = 17, fill: str = INK, more: str = "") -> str:
@@ -63,7 +63,8 @@ def _filled(x: float, y: float, bias: int, scale: int) -> list[str]:
     """Two bars, as high as there are channels."""
     out = []
     for place, count, colour in ((3, bias, BIAS), (18, scale, SCALE)):
-        height = (ROW - 8) * min(1.0, count / MOST)
+        assert count <= MOST
+        height = (ROW - 8) * count / MOST
         if count:
             out.append(f'<rect x="{x + place}" y="{y + ROW - 6 - height:.1f}" width="13" '
                        f'height="{height:.1f}" fill="{colour}"/>')

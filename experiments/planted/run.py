@@ -44,9 +44,10 @@ STEPS = (200, 600, 1800)
 QUICK = ("saliency", "saliency, energy", "random:unit")  # gain nothing from more steps
 LONG = ("progressive", "s3pet", "bilevel, one pass, a gate per row")  # with the most steps too
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
-    "progressive": ("progressive", {}), "bilevel": ("bilevel", {}), "s3pet": ("s3pet", {}),
-    "bilevel, a gate per row": ("bilevel", {"rows": True}),
-    "bilevel, one pass": ("bilevel", {"levels": 1}),
+    "progressive": ("progressive", {}), "s3pet": ("s3pet", {}),
+    "bilevel": ("bilevel", {"levels": 2, "rows": False}),
+    "bilevel, a gate per row": ("bilevel", {"levels": 2, "rows": True}),
+    "bilevel, one pass": ("bilevel", {"levels": 1, "rows": False}),
     "bilevel, one pass, a gate per row": ("bilevel", {"levels": 1, "rows": True}),
     "polish, of a random structure": ("polish", {"of": "random:unit"}),
     "lagrangian": ("lagrangian", {}), "saliency": ("saliency", {}),

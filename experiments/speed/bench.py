@@ -168,9 +168,10 @@ class _Endless:
 
 COLD: dict[str, Any] = {"warmup": 0.0}
 SEARCHES = {
-    "bilevel_s3pet_mix": partial(searching, "bilevel", "s3pet_mix", **COLD),
-    "bilevel_nano": partial(searching, "bilevel", "nano", **COLD),
-    "one_pass_nano": partial(searching, "bilevel", "nano", **COLD, levels=1),
+    "bilevel_s3pet_mix": partial(searching, "bilevel", "s3pet_mix", **COLD, levels=2,
+                                 rows=False),
+    "bilevel_nano": partial(searching, "bilevel", "nano", **COLD, levels=2, rows=False),
+    "one_pass_nano": partial(searching, "bilevel", "nano", **COLD, levels=1, rows=False),
     "one_pass_rows_nano": partial(searching, "bilevel", "nano", **COLD, levels=1, rows=True),
     "s3pet_s3pet_mix": partial(searching, "s3pet", "s3pet_mix"),
 }

@@ -224,7 +224,7 @@ def search(quick: bool, rounds: int, scale: Scale, threads: int) -> dict[str, An
             into.clear()
         for turn in range(rounds):
             for problem, _ in list(sides.values())[:: -1 if turn % 2 else 1]:
-                bilevel(problem, **keywords)
+                bilevel(problem, levels=2, rows=False, **keywords)
         spent = {name: list(into) for name, (_, into) in sides.items()}
         found[phase] = {"ms": {name: _times(values) for name, values in spent.items()},
                         "ratio": _ratios(spent["with"], spent["without"])}

@@ -38,7 +38,7 @@ from searchpet.supernet import Supernet
 
 CHANNELS = (1, 4, 16, 64, 256, 1024)  # in a unit; 1024 is more than most have
 WAYS: dict[str, dict[str, Any]] = {
-    "two passes": {}, "one pass": {"levels": 1},
+    "two passes": {"levels": 2, "rows": False}, "one pass": {"levels": 1, "rows": False},
     "one pass, a gate per row": {"levels": 1, "rows": True}}
 
 

@@ -30,7 +30,7 @@ def transfer(
         "chooses; at most two trainings in all.")] = False,
     controls: o.Controls = 0, seed: o.Seed = 0, steps: o.Steps = 300,
     batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64,
-    tau: o.Tau = 0.1, lr: o.Lr = None, precision: o.Precision = "fp32",
+    tau: o.Tau = 0.05, lr: o.Lr = None, precision: o.Precision = "fp32",
     device: o.Device = "auto", test: o.Test = False, out: o.Out = None,
     resume: o.Resume = False, json_: o.Json = False, quiet: o.Quiet = False,
     plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006

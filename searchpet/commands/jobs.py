@@ -26,7 +26,7 @@ def search(
         "--no-train", help="Only find the structures.", rich_help_panel=o.TRAIN)] = False,
     controls: o.Controls = 1, full: o.AlsoFull = False, count_head: o.CountHead = False,
     seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
-    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.05, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
     out: o.Out = None, resume: o.Resume = False, dry_run: o.DryRun = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
@@ -72,7 +72,7 @@ def train(
     distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
     model: o.AnyModel = None, task: o.AnyTask = None, task_weights: o.TaskWeights = None,
     data: o.Data = None, seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,
-    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    accumulate: o.Accumulate = 1, max_length: o.MaxLength = 64, tau: o.Tau = 0.05, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
     out: o.Out = None, resume: o.Resume = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006

@@ -63,7 +63,7 @@ def tune(
     keep_weights: o.KeepWeights = None, keep_latency: o.KeepLatency = None,
     masks: o.Masks = None, count_head: o.CountHead = False, seed: o.Seed = 0,
     steps: o.Steps = 300, batch_size: o.BatchSize = 32, accumulate: o.Accumulate = 1,
-    max_length: o.MaxLength = 64, tau: o.Tau = 0.1, lr: o.Lr = None,
+    max_length: o.MaxLength = 64, tau: o.Tau = 0.05, lr: o.Lr = None,
     precision: o.Precision = "fp32", device: o.Device = "auto", test: o.Test = False,
     out: o.Out = None, resume: o.Resume = False, json_: o.Json = False,
     quiet: o.Quiet = False, plugin: Plugin = [], debug: o.Debug = False,  # noqa: B006
