@@ -6,10 +6,8 @@ and the exact implicit gradient of the shift.  Differences, with reasons:
 
 - One pass teaches both, on the two halves in turn (`levels = 1`), and every example has a gate
   sample of its own (`rows`), so that alpha's gradient is less noisy.  Half the time of two passes
-  with one sample, and as good or better: 0.83 instead of 0.77 and 0.90 instead of 0.70 of planted
-  deltas found (experiments/planted, five seeds), 0.884 instead of 0.809 and 0.899 on the task
-  agreement (experiments/rates, single runs at the same tau).
-
+  with one sample, and no worse: 0.83 instead of 0.77 and 0.90 instead of 0.70 of planted deltas
+  found (experiments/planted, five seeds); on tasks see experiments/rates.
 - The deltas are warmed up, all gates open, before alpha moves: at a silent init the gradient of
   every gate is exactly zero, so first-order steps would follow noise. Rates are calibrated for a
   structure of `limit` parameters, so with everything open they are lowered by `problem.crowd` (at
@@ -19,12 +17,12 @@ and the exact implicit gradient of the shift.  Differences, with reasons:
 - The temperature falls from 1 to `cold`, so that the gates the deltas learn with come close to
   the open-or-closed ones of the final structure.
 
-With prune masks in the space both are searched together, by default with two passes, as
-experiments/prune has measured it, and with one gate sample a step: the limit on inference comes down from
-the whole model over `ramp` of the steps, so that PET units learn beside what will be left, and
-prune gates are hard, with straight-through gradients, in the last `hard` of them.  Prune units
-start from |dL/dz| per cost on the warmed-up supernet, and move at a slower pace: a random half of
-a pretrained model computes nothing to learn beside, and single batches know less than that score.
+With prune masks in the space both are searched together, by default with two passes and one gate
+sample a step, as experiments/prune has measured it. The limit on inference comes down from the
+whole model over `ramp` of the steps, so that PET units learn beside what will be left, and prune
+gates are hard, with straight-through gradients, in the last `hard` of them. Prune units start
+from |dL/dz| per cost on the warmed-up supernet, and move at a slower pace: a random half of a
+pretrained model computes nothing to learn beside, and single batches know less than that score.
 """
 
 from __future__ import annotations
