@@ -16,7 +16,7 @@
 #
 # What did a search buy, is that more than chance, and what does the literature say about the same
 # positions? The structure is one that comes with the package: 2,271 single channels, 0.01 % of
-# MiniLM, found on `agreement` by `searchpet search --budget 0.01% --controls 0`.
+# MiniLM, found on `agreement` by `searchpet search --budget 0.01%`.
 
 # %%
 # %matplotlib inline
@@ -63,7 +63,8 @@ both.assign(times_chance=ratio.round(2))["times_chance"].unstack().sort_values(
 # Two things stand out. Where 384 channels at each of six places could have been bought, **no bias
 # of a key** was: it adds the same number to all scores of a query, and the softmax takes that away
 # again, so it cannot help. The search was not told. And **scales of norms** were bought half as
-# often again as chance. All else lies between 0.7 and 1.3 times chance.
+# often again as chance. All else lies between 0.7 and 1.3 times chance,
+# but for biases of the first norm, and those are few.
 
 # %% [markdown]
 # ## Two structures: `diff`

@@ -62,9 +62,9 @@ rows = pd.DataFrame(found.values["budgets"])
 rows
 
 # %% [markdown]
-# The curve over budgets; where more buys little, it marks the knee. More is not better by itself:
-# the largest structure has not learned in so few steps. With 80 of them, one of its size reaches
-# 0.99 in [prune and tune](5_prune_and_tune.ipynb), on a smaller model even. One seed and 120 rows,
+# The curve over budgets; where more buys little, it marks the knee. More is not better by itself in
+# so few steps: with 80 of them, a structure of the largest size reaches 0.95 in
+# [prune and tune](5_prune_and_tune.ipynb), on a smaller model even. One seed and 120 rows,
 # so only large steps mean something.
 
 # %%
