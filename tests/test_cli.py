@@ -24,7 +24,7 @@ from searchpet import cli, engine, failures
 from searchpet.ask import STRATEGY
 from searchpet.commands import jobs
 from searchpet.commands import tune as outer
-from searchpet.settings import Settings
+from searchpet.settings import TAU, Settings
 from searchpet.spec import Spec
 from tests.commands import ROOT, cut_off, write_task
 
@@ -198,7 +198,7 @@ def test_train_takes_model_and_task_from_the_run(done: Path, say: Any) -> None:
     short = ["--steps", "6", "--batch-size", "8", "--max-length", "16", "--quiet", "--json"]
     values = json.loads(say("train", "done", *short, "--sweep", "--out", "again").out)
     assert values["spec_hash"] == Spec.load(done).hash and values["task"] == "films"
-    assert {p.name for p in Path("again").iterdir()} >= {"sweep-0.1", "delta.safetensors"}
+    assert {p.name for p in Path("again").iterdir()} >= {f"sweep-{TAU}", "delta.safetensors"}
     base = ["--model", "tiny", "--task", "films", *short]
     full = json.loads(say("train", "--full", *base, "--out", "full").out)
     assert full["trainable"] == full["backbone"] and full["score"] == full["full_finetune"]

@@ -105,7 +105,7 @@ def test_the_command_says_what_was_tried_and_what_it_cost(
 
     assert main(["train", "found", *WORDS, "--sweep", "--out", "said"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "by validation, of 0.0333 (" in said and "after 6)" in said
+    assert "by validation, of 0.0167 (" in said and "after 6)" in said
     found = json.loads(Path("said/result.json").read_text())["sweep"]
     assert f"{found['steps']} steps in all, {found['trainings']:.2f} trainings, " in said
     assert 20 <= found["steps"] <= 22  # all of them, but for early stopping
