@@ -62,8 +62,8 @@ rows = pd.DataFrame(found.values["budgets"])
 rows
 
 # %% [markdown]
-# The curve over budgets; where more buys little, it marks the knee. More is not better by itself in
-# so few steps: with 80 of them, a structure of the largest size reaches 0.95 in
+# The curve over budgets; where more buys little, it marks the knee. More is not better by itself
+# in so few steps: with 80 of them, a structure of the largest size reaches 0.95 in
 # [prune and tune](5_prune_and_tune.ipynb), on a smaller model even. One seed and 120 rows,
 # so only large steps mean something.
 
