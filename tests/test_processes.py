@@ -26,8 +26,8 @@ from searchpet.strategies import Problem
 from tests.commands import DRIVER, ROOT, workplace
 
 JOB = ["--model", "tiny", "--task", "films", "--steps", "24", "--batch-size", "7",
-       "--max-length", "16", "--tau", "0.3", "--quiet"]  # 24 rows a half: the last batch has 3
-SEARCH = ["search", *JOB, "--budget", "1%", "--controls", "1"]
+       "--max-length", "16", "--tau", "0.5", "--quiet"]  # 24 rows a half: the last batch has 3
+SEARCH = ["search", *JOB, "--tau", "0.3", "--budget", "1%", "--controls", "1"]
 PRUNE = ["search", *JOB, "--budget", "2%", "--keep-flops", "60%", "--controls", "0"]
 TRAIN = ["train", "one/spec.json", *JOB, "--seed", "1"]
 WEIGHTS = ["search", *JOB, "--budget", "2%", "--controls", "0", "--strategy", "prune_first",
