@@ -58,18 +58,20 @@ MEASURED = {  # a row of the README -> the method that a table of experiments/ h
     "both drawn at random": "random:unit", "layers dropped from the top": "layer_drop:top"}
 
 
-@pytest.mark.parametrize(("place", "rows"), [("foundation/before", 9), ("prune", 8)])
-def test_a_score_is_the_one_that_was_measured(place: str, rows: int) -> None:
+@pytest.mark.parametrize(("place", "task", "rows"), [
+    ("equal_budget", "agreement", 4), ("foundation/before", "trec6", 9), ("prune", "trec6", 8)])
+def test_a_score_is_the_one_that_was_measured(place: str, task: str, rows: int) -> None:
     """Every row of the README's tables stands in the table that its command writes."""
-    part = README.split("## What was measured")[1].split(
-        "## ")[0].split("experiments/prune/run.toml")[place == "prune"]
+    command = f"experiments/{place.partition('/')[0]}/run.toml"
+    part = README.split("## What was measured")[1].split("## ")[0].split(command)[1].split(
+        "searchpet grid")[0]
     said = [[cell.strip(" *") for cell in line.split("|")[1:-1]]
             for line in part.splitlines() if re.match(r"\| .*\| 0\.\d{3} \|", line)]
     assert len(said) == rows
     table = (ROOT / "experiments" / place / "table.md").read_text(encoding="utf-8")
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
     for name, mean, spread, *trained in said:
-        (row,) = [r for r in found if r[0].startswith("trec6") and MEASURED[name] in r]
+        (row,) = [r for r in found if r[0].startswith(task) and MEASURED[name] in r]
         after = row.index(MEASURED[name]) + 1
         numbers = map(float, row[after:after + 2])
         for text, number in zip((mean, spread), numbers, strict=True):
