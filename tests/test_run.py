@@ -188,7 +188,7 @@ def test_an_interrupted_search_continues_to_the_same_ranking(
         loss, calls = asked.loss, iter(range(10**6))
 
         def fatal(batch: dict[str, Tensor]) -> Tensor:
-            if next(calls) == stop_at * (2 if name == "bilevel" else 5):
+            if next(calls) == stop_at * (1 if name == "bilevel" else 5):
                 raise Killed
             return loss(batch)
 
