@@ -59,7 +59,7 @@ MEASURED = {  # a row of the README -> the method that a table of experiments/ h
 
 
 @pytest.mark.parametrize(("place", "task", "rows"), [
-    ("equal_budget", "agreement", 5), ("foundation/before", "trec6", 9), ("prune", "trec6", 8)])
+    ("equal_budget", "agreement", 6), ("foundation/before", "trec6", 9), ("prune", "trec6", 8)])
 def test_a_score_is_the_one_that_was_measured(place: str, task: str, rows: int) -> None:
     """Every row of the README's tables stands in the table that its command writes."""
     command = f"experiments/{place.partition('/')[0]}/run.toml"
