@@ -469,6 +469,8 @@ def test_panels_stand_in_the_order_of_the_map(place: Path) -> None:
     assert names == rows and len(names) > 3
     titles = [axes.get_title() for axes in curves.probabilities(record).axes]
     assert titles == [canvas.short(name) for name in names]
+    other = record.model_copy(update={"groups": record.groups[::-1]})
+    assert [other.groups[i].name for i in curves._as_read(other)] == rows
 
 
 def test_learning_reads_every_evaluation_and_each_step_once(place: Path) -> None:

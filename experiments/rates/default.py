@@ -39,13 +39,13 @@ def run(args: argparse.Namespace, ledger: Ledger, way: str, tau: float, task: st
             data=args.data, out=folder / "run",
             resume=(folder / "run" / "settings.json").is_file())
         values = found.values
-        ledger.add({
+        row = {
             "way": way, "tau": tau, "task": task, "seed": seed, "score": values["score"],
             "metric": values["metric"], "split": values["split"],
             "trainable": values["trainable"], "structure": values["spec_hash"],
-            "seconds": values["seconds"]})
-        print(json.dumps({**dict(zip(KEY, (way, tau, task, seed), strict=True)),
-                          "score": values["score"]}), flush=True)
+            "seconds": values["seconds"]}
+        ledger.add(row)
+        print(json.dumps(row), flush=True)
 
 
 def table(ledger: Ledger) -> str:
