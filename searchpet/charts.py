@@ -240,7 +240,8 @@ def methods(rows: Sequence[Mapping[str, Any]], reference: str) -> Figure:
             each.tick_params(axis="y", length=0, labelleft=each is score)
         kept = "" if keep == 1 else f", {100 * keep:.3g}% of the FLOPs"
         score.set_title(f"{100 * budget:.3g}%{kept}", loc="left")
-        ahead.locator_params(axis="x", nbins=5)
+        for each in (score, ahead):
+            each.locator_params(axis="x", nbins=5)
     if max(row["cost"] for row in rows) > 20:
         logarithmic(axes[-1], "x")
     else:
