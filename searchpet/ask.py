@@ -61,6 +61,18 @@ class Ask:
     def named_space(self) -> str:
         return OWN if self.file else space_of(self.strategy, self.space)
 
+    @property
+    def inherits(self) -> bool:
+        """Whether a structure is trained on from its search where nobody says.
+
+        Strategies that set `INHERITS` do, for one budget and with nothing removed: there it was
+        measured to pay (experiments/equal_budget).  Beside pruning it did not
+        (experiments/prune), and of several budgets a search has learned for their middle alone.
+        """
+        name = self.strategy.partition(":")[0]
+        return (bool(catalog.about("strategies", name, "INHERITS", False))
+                and len(self.budgets) == 1 and self.prune is None)
+
     def settings(self) -> dict[str, Any]:
         """Plain values for settings.json."""
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "file"}

@@ -63,7 +63,7 @@ def search(
     forbid: Sequence[str] | None = None,
     distill: str | None = None,
     recovery: Mapping[str, Any] | None = None,
-    inherit: bool = False,
+    inherit: bool | None = None,
     train: bool = True,
     controls: int = 1,
     full: bool = False,
@@ -88,7 +88,8 @@ def search(
     any case or has no place in the space; controls too.
     distill: teacher of every training of a structure, controls included: `full` or a run folder.
     recovery: fields of `searchpet.recovery.Recovery`: weights of what those trainings learn from.
-    inherit: start the training from what the search has learned; controls have learned nothing.
+    inherit: start the training, not those of controls, from what the search has learned; None: as
+    `Ask.inherits` says.
     Raises InputError for whatever is wrong with the input.
     """
     chosen = Settings(**settings)
@@ -97,6 +98,7 @@ def search(
     ask = Ask(strategy, space, dict(set or {}), budget, count_head,
               prune_to(keep_flops, keep_weights, keep_latency, masks, strategy), must, forbid)
     terms = losses(distill, recovery)
+    inherit = train and ask.inherits if inherit is None else inherit
     if inherit:
         must_learn(strategy)
     _check_training(ask, train, inherit=inherit, full=full, distill=distill, recovery=recovery,
@@ -137,8 +139,8 @@ def search(
                            test=test) if full else {}
     own = values_of(session, spec, main, test)
     values = {
-        **own, "strategy": strategy, "space": spec.provenance["space"], "controls": rows,
-        "full_finetune": reference.get("score"),
+        **own, "strategy": strategy, "inherited": inherit, "space": spec.provenance["space"],
+        "controls": rows, "full_finetune": reference.get("score"),
         **curve.summary(folder, spec, [*smaller, own]),
     }
     folder.write_json("result.json", values)

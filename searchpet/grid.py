@@ -222,7 +222,7 @@ def _final(bench: Bench, cell: Cell, session: Session, method: Trainee,
 
 def _start(cell: Cell, structure: int) -> dict[str, Tensor] | None:
     """What a structure's search has left it to begin with, if it is to be used."""
-    if not (cell.method.inherit and cell.method.searches):
+    if not cell.inherits:
         return None
     return take(RunFolder(cell.home).sub(f"structure-{structure}"))
 

@@ -32,6 +32,7 @@ class Cell:
     path: Path
     home: Path
     keep: str = ""  # of the FLOPs, such as 60%; "": this cell does not prune
+    inherits: bool = False  # its trainings start from what its searches have learned
 
     @property
     def on(self) -> str:
@@ -110,10 +111,12 @@ def _cell(grid: GridFile, folder: Path, task: str, budget: str, share: float, me
         parts = [task, budget or "all", *([f"keep-{keep}"] if keep else []), name]
         return folder.joinpath("work", *map(file_name, parts))
 
-    home, on = method, method.on or task
+    home, on, inherits = method, method.on or task, False
     if method.searches:
         home = grid.searched_by(method, on, budget, keep)
-    return Cell(task, budget, share, method, path(task, method.name), path(on, home.name), keep)
+        inherits = grid.inherits(method, budget, keep)
+    return Cell(task, budget, share, method, path(task, method.name), path(on, home.name), keep,
+                inherits)
 
 
 def _share(budget: str, session: Callable[[], Session]) -> float:

@@ -11,16 +11,16 @@ A method is a name or a table with `name`, `strategy`, `space`, `set`, `structur
 `masks`, `distill`, `recovery`, `inherit` and `on`.  With `keep_flops = ["60%"]` methods prune as
 well, but for those with `masks = ""`; `budget` is its own instead of the grid's; `distill = true`
 trains its structures on the outputs of full fine-tuning, `recovery = { logits = 0.9, ce = 0.1 }`
-says on what else; `inherit = true` starts the trainings from what the search has learned;
-`on = "trec6"` takes the structures that are found on that task, or on several (`a,b`), to every
-task of the grid.  Methods that differ in such trainings alone share their structures: the search
-is done once.  A search is trained with every seed; with `paired = true` every training has a
-structure of its own instead, structure k with the k-th seed (from the first again after the last),
-so that a spread holds the search's own.  `stretch = 2` tries up to two taus more where the best
-one is at an end.  Names that mean something: `full`, `head` and
-`peft_default` (references, without a budget), `adalora` and `kappa` (PEFT's, within the budget),
-every strategy, `s3pet` (on the space `s3pet_mix`), and `default`: what the command line does with
-no choice made.
+says on what else; `inherit = true` starts the trainings from what the search has learned
+(`default` does so where the command line does); `on = "trec6"` takes the structures that are found
+on that task, or on several (`a,b`), to every task of the grid.  Methods that differ in such
+trainings alone share their structures: the search is done once.  A search is trained with every
+seed; with `paired = true` every training has a structure of its own instead, structure k with the
+k-th seed (from the first again after the last), so that a spread holds the search's own.
+`stretch = 2` tries up to two taus more where the best one is at an end.  Names that mean
+something: `full`, `head` and `peft_default` (references, without a budget), `adalora` and `kappa`
+(PEFT's, within the budget), every strategy, `s3pet` (on the space `s3pet_mix`), and
+`default`: what the command line does with no choice made.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Method(BaseModel):
     masks: str | None = None  # what pruning may take out; "": this method does not prune
     distill: bool = False
     recovery: dict[str, float | str] = {}  # weights of the losses and their options
-    inherit: bool = False
+    inherit: bool | None = None  # None: no, but `default` does as the command line
     on: str = ""  # the task that structures are found on; "": the one that they are trained on
     budget: str | int | None = None  # instead of the grid's
 
@@ -87,6 +87,7 @@ class Method(BaseModel):
         """What differs from the defaults of pruning and training."""
         masks = [] if self.masks is None else [self.masks]
         flags = [name for name in ("distill", "inherit") if getattr(self, name)]
+        flags += ["inherit"] if self.name == "default" and self.inherit is None else []
         own = [value for value in (self.recovery, self.budget, self.on) if value]
         return [*masks, *flags, *own]
 
@@ -139,6 +140,12 @@ class GridFile(BaseModel):
         prunes = keep is not None and keep != "" and method.masks != ""
         prune = prune_to(keep, None, None, method.masks, strategy) if prunes else None
         return Ask(strategy, space or self.space, method.set, budget, prune=prune)
+
+    def inherits(self, method: Method, budget: str, keep: str | None) -> bool:
+        """Whether a method's trainings start from what its searches have learned."""
+        if method.inherit is None and method.name == "default":
+            return self.ask(method, budget, keep).inherits
+        return bool(method.inherit)
 
     def searched_by(self, method: Method, task: str, budget: str, keep: str) -> Method:
         """The first method that asks for the same search on `task`: one is done for all."""

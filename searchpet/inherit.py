@@ -2,7 +2,7 @@
 
 A search that trains leaves deltas and a head.  Those of the kept units are cut to the size that
 pruning leaves of their hosts and lie in `inherit.safetensors`, in the format of
-delta.safetensors; `--inherit` starts from them, the default from fresh ones.  The comparison of
+delta.safetensors; `--inherit` starts from them, `--fresh` from untrained ones.  The comparison of
 both is the control of Liu et al. 2019, arXiv:1810.05270; the frozen backbone is pretrained in
 either.  Masks of a search are gates of 0 or 1 at its end, so the first step computes what the
 supernet did under the kept gates.

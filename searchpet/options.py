@@ -95,9 +95,10 @@ Recovery = Annotated[list[str], typer.Option(
     "logits=0.5 under --distill: ce, logits, hidden, attention, unsupervised, supervised; also "
     "temperature=2, contrast_temperature=0.1, attention_form=mse or kl. Repeatable.",
     rich_help_panel=TRAIN)]
-Inherit = Annotated[bool, typer.Option(
-    "--inherit", help="Start the training of the structure from what its search has learned.",
-    rich_help_panel=TRAIN)]
+Inherit = Annotated[bool | None, typer.Option(
+    "--inherit/--fresh", help="Start the training of the structure from what its search has "
+    "learned, as bilevel does if nothing is said, or from untrained modules.",
+    show_default=False, rich_help_panel=TRAIN)]
 CountHead = Annotated[bool, typer.Option(
     "--count-head", help="Let the budget pay for the head too.", rich_help_panel=SEARCH)]
 AlsoFull = Annotated[bool, typer.Option(

@@ -13,7 +13,7 @@ from typing import Any
 
 import tomli_w
 
-from searchpet.ask import STRATEGY, space_of
+from searchpet.ask import STRATEGY, Ask, space_of
 from searchpet.errors import InputError, shown
 from searchpet.pruning import MASKS
 from searchpet.recovery import TERMS, Recovery
@@ -26,7 +26,7 @@ from searchpet.tunefile import TuneFile, read_tune
 KNOBS = "knobs.toml"
 ALWAYS = ("model", "task")  # stand in every command: they are the question
 FLAGS = {"count_head": "--count-head", "full": "--full", "test": "--test",
-         "inherit": "--inherit", "no_train": "--no-train", "sweep": "--sweep"}
+         "no_train": "--no-train", "sweep": "--sweep"}
 
 
 def command_of(folder: RunFolder) -> str | None:
@@ -56,8 +56,21 @@ def _settings(asked: Mapping[str, Any]) -> list[Any]:
 
 
 def _search(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:
-    return [*_ask(asked), *_option("--distill", asked.get("distill")),
+    return [*_ask(asked), *_option("--distill", asked.get("distill")), *_start(asked),
             *_recovery(asked.get("recovery")), *_option("--controls", asked.get("controls"), 1)]
+
+
+def _start(asked: Mapping[str, Any]) -> list[str]:
+    """What the training starts from, where that is not the usual."""
+    try:
+        usual = Ask(asked.get("strategy", STRATEGY), budget=asked.get("budget", Ask.budget),
+                    prune=asked.get("prune")).inherits
+    except InputError:  # a strategy that is not here
+        usual = False
+    inherits = bool(asked.get("inherit"))
+    if inherits == usual or asked.get("no_train"):
+        return []
+    return ["--inherit" if inherits else "--fresh"]
 
 
 def _train(asked: Mapping[str, Any], folder: RunFolder) -> list[Any]:

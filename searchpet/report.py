@@ -30,7 +30,7 @@ from searchpet.recall import command_of
 from searchpet.run import RunFolder
 from searchpet.spec import Spec
 from searchpet.transfer import REPORT, fates
-from searchpet.views import duration, figure, kept, share, size
+from searchpet.views import duration, figure, kept, share, size, trained_on
 
 P = ParamSpec("P")
 FILE = "report.html"
@@ -113,7 +113,7 @@ def _checked(values: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
             raise InputError(f"{folder.path / 'result.json'} must have numbers, but {name} is "
                              f"{str(value)[:40]!r}; it was edited or damaged, train again")
     return {"controls": [], "full_finetune": None, "warnings": [], "study": None, "tau": None,
-            "validation_score": None, **values}
+            "validation_score": None, "inherited": False, **values}
 
 
 def _best(values: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -131,7 +131,8 @@ def answer(values: Mapping[str, Any]) -> list[str]:
         how = "ahead of" if ahead > 0 else "behind" if ahead < 0 else "level with"
         by = f"{abs(ahead):.2f} points " if ahead else ""
         of = (f"{len(v['controls'])} usual settings, which were tried first" if v["study"] else
-              f"{len(v['controls'])} controls under the same budget and with the same training")
+              f"{len(v['controls'])} controls under the same budget and with "
+              f"{'as long a' if v['inherited'] else 'the same'} training")
         said.append(f"That is {by}{how} {best['name']} ({best['score']:.4f}), the best of {of}.")
         said.append("This is one seed, and one draw of each control row: differences of a few "
                     "points can be chance. Repeat the command with --seed 1 and --seed 2 before "
@@ -142,6 +143,10 @@ def answer(values: Mapping[str, Any]) -> list[str]:
     elif v["strategy"] not in ("full", "head"):
         said.append("It was trained without controls, so this page cannot say whether another "
                     f"structure of its size would do as well; {_trains(v)} trains some.")
+    if v["inherited"]:
+        said.append(trained_on(v) + (
+            " Part of what it is ahead is that it has learned for longer: searchpet search "
+            "--fresh trains all alike." if v["controls"] else ""))
     if full is not None and v["strategy"] != "full":
         said.append(f"Full fine-tuning of all {v['backbone']:,} parameters reaches {full:.4f} "
                     f"here: {100 * (v['score'] - full):+.2f} points from there.")

@@ -69,6 +69,15 @@ def outcome(values: Mapping[str, Any]) -> Iterable[Any]:
         yield ""
     yield table("structure", f"{values['metric']} on {values['split']}", "trainable", "share",
                 rows=rows)
+    if values.get("inherited"):
+        yield ""
+        yield trained_on(values)
+
+
+def trained_on(values: Mapping[str, Any]) -> str:
+    """What the structure's training began with, in a sentence; what that of the controls did."""
+    controls = ", the controls' from untrained ones" if values["controls"] else ""
+    return f"Its training went on from the modules that the search had trained{controls}."
 
 
 def swept(found: Mapping[str, Any]) -> str:

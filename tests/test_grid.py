@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from searchpet.cli import main
 from searchpet.errors import InputError
 from searchpet.grid import run_grid
-from searchpet.gridfile import read_grid
+from searchpet.gridcells import cells_of
+from searchpet.gridfile import GridFile, read_grid
 from searchpet.ledger import RESULT_KEY, Ledger, claim, write_table
 from searchpet.session import Session
 from searchpet.spec import Spec
@@ -203,6 +204,22 @@ recovery = { ce = 1, unsupervised = 0.3 }
     searches = [line.partition("] ")[2] for line in said if line.endswith("search")]
     assert searches == ["films 2% fresh structure 0: search",
                         "films 2% inherited structure 1: search"]
+
+
+@pytest.mark.parametrize(("method", "keep", "inherits"), [
+    ("default", "", True), ("default", "60%", False), ("bilevel", "", False), ("s3pet", "", False),
+    ({"name": "x", "strategy": "bilevel", "inherit": True}, "60%", True),
+    ({"name": "default", "inherit": False}, "", False), ("full", "", False)])
+def test_default_begins_as_the_command_line_does(
+    tmp_path: Path, method: Any, keep: str, inherits: bool
+) -> None:
+    grid = GridFile.model_validate({"tasks": ["films"], "methods": [method], "keep_flops":
+                                    [keep] if keep else []})
+    cells = list(cells_of(grid, tmp_path, "films", lambda: pytest.fail("a session is opened")))
+    assert [cell.inherits for cell in cells] == [inherits]
+    # a grid that trained in the other way is not continued
+    assert ("inherit" in grid.methods[0].beside()) == (
+        inherits or (method, keep) == ("default", "60%"))
 
 
 def test_a_method_may_have_a_budget_of_its_own(home: Path, tiny_folder: Path) -> None:

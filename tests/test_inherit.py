@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 import searchpet
-from searchpet import cli, inherit, session
+from searchpet import cli, inherit, report, session
 from searchpet.apply import apply, trained_tensors, write_tensors
 from searchpet.backbone import config_hash
 from searchpet.discover import discover
 from searchpet.engine import search
 from searchpet.limits import Limits
 from searchpet.pruning import Prune, keep_of
+from searchpet.recall import command_of
 from searchpet.run import RunFolder
 from searchpet.space import Space
 from searchpet.spec import BackboneId, BudgetUse, Spec
@@ -89,7 +91,7 @@ def plain_spec(model: Any, limits: Limits, chosen: torch.Tensor) -> Spec:
     ["--strategy", "prune_first", *PRUNED], ["--strategy", "pet_first", *PRUNED],
     ["--strategy", "apt", *PRUNED],
     ["--strategy", "prune_first", "--keep-weights", "60%", "--masks", "prune/weights"],
-], ids=" ".join)
+], ids=lambda given: " ".join(given) if isinstance(given, list) else str(given))
 def test_the_training_begins_where_the_search_ended(
     home: Path, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +117,7 @@ def test_the_training_begins_where_the_search_ended(
     monkeypatch.setattr(Limits, "fill", fill)
     monkeypatch.setattr(Supernet, "remove", at_the_end)
     monkeypatch.setattr(session, "fit", first)
-    for name, more in (("inherited", ["--inherit"]), ("fresh", [])):
+    for name, more in (("inherited", ["--inherit"]), ("fresh", ["--fresh"])):
         assert cli.main([*JOB, *words, *more, "--out", str(tmp_path / name)]) == 0
         same = torch.allclose(seen["training"], seen["search"], rtol=1e-4, atol=1e-4)
         assert same == (name == "inherited")
@@ -176,9 +178,50 @@ def test_controls_start_afresh_and_settings_remember(
     assert RunFolder("with").has("inherit.safetensors")
     assert not list(Path("with/controls").rglob("inherit.safetensors"))
     assert json.loads(Path("with/settings.json").read_text())["inherit"] is True
-    capsys.readouterr()
-    assert cli.main([*words, "--out", "with", "--resume"]) == 2
+    assert "the controls' from untrained ones." in capsys.readouterr().out
+    values = json.loads(Path("with/result.json").read_text())
+    said = " ".join(report.answer({"study": None, **values}))
+    assert "2 controls under the same budget and with as long a training" in said
+    assert "has learned for longer" in said
+    assert cli.main([*words, "--fresh", "--out", "with", "--resume"]) == 2
     assert "inherit was True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("words", "begins"), [
+    ([], True), (["--fresh"], False), (["--strategy", "s3pet"], False), (PRUNED, False),
+    (["--strategy", "lagrangian"], False), (["--strategy", "lagrangian", "--inherit"], True),
+], ids=lambda given: " ".join(given) if isinstance(given, list) else str(given))
+def test_where_nobody_says_bilevel_alone_begins_with_what_it_has_learned(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str], words: list[str], begins: bool,
+) -> None:
+    """And the command that a run remembers does the same."""
+    starts, fit = [], session.Session.fit
+
+    def train(self: Any, *args: Any, start: Any = None, **more: Any) -> Any:
+        starts.append(start is not None)
+        return fit(self, *args, start=start, **more)
+
+    monkeypatch.setattr(session.Session, "fit", train)
+    out = tmp_path / "run"
+    assert cli.main([*JOB, *words, "--out", str(out)]) == 0
+    command = command_of(RunFolder(out))
+    assert command is not None
+    assert ("--fresh" in command, "--inherit" in command) == (
+        words == ["--fresh"], "--inherit" in words)
+    assert cli.main([*shlex.split(command)[1:], "--quiet", "--out", str(tmp_path / "again")]) == 0
+    assert starts == [begins, begins]
+    values = json.loads((out / "result.json").read_text())
+    assert values["inherited"] is begins
+    said = capsys.readouterr().out
+    assert said.count("Its training went on from the modules that the search had trained.") == (
+        2 if begins else 0)
+
+
+def test_several_budgets_are_trained_from_the_start(home: Path, tmp_path: Path) -> None:
+    words = [*JOB, "--budget", "1%,2%", "--out", str(tmp_path / "run")]
+    assert cli.main(words) == 0
+    assert json.loads((tmp_path / "run/result.json").read_text())["inherited"] is False
 
 
 @pytest.mark.parametrize("strategy", ["random", "random:unit", "uniform:bias", "sparse_adapter"])

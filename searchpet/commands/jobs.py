@@ -22,7 +22,7 @@ def search(
     keep_weights: o.KeepWeights = None, keep_latency: o.KeepLatency = None,
     masks: o.Masks = None, must: o.Must = [], forbid: o.Forbid = [],  # noqa: B006
     distill: o.Distill = None, recovery: o.Recovery = [],  # noqa: B006
-    inherit: o.Inherit = False, no_train: Annotated[bool, typer.Option(
+    inherit: o.Inherit = None, no_train: Annotated[bool, typer.Option(
         "--no-train", help="Only find the structures.", rich_help_panel=o.TRAIN)] = False,
     controls: o.Controls = 1, full: o.AlsoFull = False, count_head: o.CountHead = False,
     seed: o.Seed = 0, steps: o.Steps = 300, batch_size: o.BatchSize = 32,

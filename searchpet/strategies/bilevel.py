@@ -37,6 +37,7 @@ from searchpet.settle import compare
 from searchpet.strategies import Batch, Learner, Phases, Problem, Ranking, descend, law
 
 TRAINS = True
+INHERITS = True
 BATCHES = 8  # for the scores that prune units start from
 
 
