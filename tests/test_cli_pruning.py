@@ -96,6 +96,7 @@ def test_verify_finds_a_false_claim(home: Path, capsys: pytest.CaptureFixture[st
         "but false is not: keep of result.json, flops that are left")
 
 
+@pytest.mark.slow
 def test_a_cut_off_search_with_pruning_continues_to_the_same_end(home: Path) -> None:
     words = ["search", *JOB, "--controls", "0", "--test", "--quiet"]
     killed = cut_off([*words, "--out", "cut"], "SIGKILL search 6", home)

@@ -140,6 +140,7 @@ def test_terms_by_name_replace_the_default_and_options_do_not(home: Path) -> Non
     assert settings["cold"]["recovery"] == vars(Recovery(ce=0.5, logits=0.5, temperature=1.0))
 
 
+@pytest.mark.slow
 def test_a_search_with_every_term_is_the_same_after_a_kill(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

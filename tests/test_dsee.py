@@ -335,6 +335,7 @@ def test_a_saved_run_loads_to_the_bit(
     assert json.loads(capsys.readouterr().out)["accuracy"] == pytest.approx(score)
 
 
+@pytest.mark.slow
 def test_a_cut_off_search_continues_to_the_same_end(home: Path) -> None:
     words = [*JOB, "--budget", str(LORA + 4 * ENTRIES), *RUNS["flops"], "--out", "cut"]
     for signal, more in (("SIGKILL search 5", []), ("SIGKILL train 3", ["--resume"])):

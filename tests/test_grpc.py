@@ -74,6 +74,7 @@ def begun(storage: str, study: str, trials: int) -> None:
     join(storage, study).set_user_attr("trials", trials)
 
 
+@pytest.mark.slow
 def test_workers_behind_a_proxy_share_a_study(
     place: Path, proxy: tuple[str, subprocess.Popen[str]]
 ) -> None:
