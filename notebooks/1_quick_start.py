@@ -43,9 +43,9 @@ pd.read_json("negation/train.jsonl", lines=True).head(6)
 # %% [markdown]
 # ## Search
 #
-# One call searches a structure of at most 0.01 % of the parameters, trains it further than the search
-# has, and trains two random structures of the same budget beside it, from the start: one of whole
-# modules, one of single channels. (`inherit=False` trains what was found from the start as well.)
+# One call searches a structure of at most 0.01 % of the parameters, trains it further than the
+# search has, and trains two random structures of the same budget beside it, from the start: one of
+# whole modules, one of single channels. (`inherit=False` trains all three from the start.)
 # With `resume=True` a second run of the cell finds what the first has left in `runs/quick`.
 
 # %%

@@ -306,12 +306,17 @@ def test_damaged_or_foreign_tensors_are_refused(found: engine.Result, tmp_path: 
 # --- train ---
 
 
-def test_a_spec_trains_as_in_its_search(found: engine.Result, common: Any, tmp_path: Path) -> None:
+def test_a_spec_trains_as_after_a_search_from_the_start(
+    found: engine.Result, common: Any, tmp_path: Path
+) -> None:
+    fresh = searchpet.search(**common, budget=str(BUDGET), out=tmp_path / "fresh", test=True,
+                             controls=0, inherit=False)
     result = searchpet.train(found.path, **common, out=tmp_path / "run", test=True)
-    assert result.values.keys() >= KEYS and result.score == found.score
-    assert result.spec == found.spec and result.values["controls"] == []
+    assert result.values.keys() >= KEYS and result.score == fresh.score
+    assert result.spec == found.spec == fresh.spec and result.values["controls"] == []
     same = (tmp_path / "run" / "delta.safetensors").read_bytes()
-    assert same == (found.path / "delta.safetensors").read_bytes()
+    assert same == (fresh.path / "delta.safetensors").read_bytes()
+    assert same != (found.path / "delta.safetensors").read_bytes()  # began where it had ended
 
 
 def test_a_sweep_takes_the_tau_with_the_best_validation_score(

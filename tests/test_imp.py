@@ -350,6 +350,7 @@ def test_a_mask_found_on_one_task_is_locked_on_another(home: Path) -> None:
         assert not merged.get_submodule(path).weight[mask].any()
 
 
+@pytest.mark.slow
 def test_a_cut_off_run_has_the_same_masks_and_refill_is_really_removed(home: Path) -> None:
     words = [*FILMS, "--strategy", "imp", *WEIGHTS]
     assert cli.main([*words, "--out", "whole"]) == 0

@@ -298,6 +298,7 @@ def test_a_search_that_was_cut_off_ends_the_same(
     assert rest.made <= made - stop + 3  # nothing but the last step was done again
 
 
+@pytest.mark.slow
 def test_the_command_goes_on_after_a_kill_in_each_of_its_loops(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,6 +254,7 @@ def test_weights_steer_the_score(common: dict[str, Any], tmp_path: Path) -> None
     assert m["mean"] == pytest.approx(0.75 * m["mood/accuracy"] + 0.25 * m["pets/accuracy"])
 
 
+@pytest.mark.slow
 def test_a_killed_search_goes_on_to_the_same_bytes(tiny_folder: Path, tasks: Path,
                                                    tmp_path: Path) -> None:
     words = ["search", "--model", str(tiny_folder), "--task", "mood,pets", "--data", str(tasks),

@@ -206,6 +206,7 @@ def test_a_grid_trains_them_as_it_trains_ours(whole: Path) -> None:
     assert found["adalora", 0]["most"] > found["adalora", 0]["trainable"] == 7 * RANK
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_to_the_same_lines(whole: Path, place: Path) -> None:
     words = ["grid", "grid.toml", "--data", ".", "--out", "killed", "--quiet"]
     done = cut_off(words, "SIGKILL train 35", place)  # four trainings of eight steps came before

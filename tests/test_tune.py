@@ -153,7 +153,8 @@ def test_the_winner_is_at_least_as_good_as_the_defaults(done: Path) -> None:
 
 
 def test_the_default_trial_is_the_search_itself(done: Path) -> None:
-    words = ["search", *SMALL, "--controls", "0", "--out", "plain", "--quiet"]
+    """Trials train from the start, as `--fresh` does."""
+    words = ["search", *SMALL, "--fresh", "--controls", "0", "--out", "plain", "--quiet"]
     assert cli.main(words) == 0
     assert Spec.load("plain").hash == trials(done)[0].user_attrs["spec_hash"]
     score = json.loads(Path("plain/result.json").read_text())["score"]
@@ -434,7 +435,8 @@ def test_a_full_store_costs_no_trial(place: Path, capsys: pytest.CaptureFixture[
     assert outcome(trials("full")) == outcome(trials("roomy"))
 
 
-@pytest.mark.parametrize("storage", ["sqlite:///jobs/study.db", "journal:jobs/study.log"])
+@pytest.mark.parametrize("storage", ["sqlite:///jobs/study.db", pytest.param(
+    "journal:jobs/study.log", marks=pytest.mark.slow)])
 def test_killed_workers_lose_no_trial(place: Path, storage: str) -> None:
     (place / "jobs").mkdir(exist_ok=True)
     (place / "jobs" / "settings.json").unlink(missing_ok=True)
