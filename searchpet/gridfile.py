@@ -79,6 +79,11 @@ class Method(BaseModel):
         strategy, space = NAMED.get(self.name, (self.name, None))
         return self.strategy or strategy, self.space or (None if self.strategy else space)
 
+    @property
+    def as_usual(self) -> bool:
+        """Whether its trainings start from what the command line would start them from."""
+        return self.name == "default" and self.inherit is None
+
     def terms(self) -> Recovery | None:
         """What the structures are trained on; None: the task's loss."""
         return losses("full" if self.distill else None, self.recovery)
@@ -87,7 +92,7 @@ class Method(BaseModel):
         """What differs from the defaults of pruning and training."""
         masks = [] if self.masks is None else [self.masks]
         flags = [name for name in ("distill", "inherit") if getattr(self, name)]
-        flags += ["inherit"] if self.name == "default" and self.inherit is None else []
+        flags += ["inherit"] if self.as_usual else []
         own = [value for value in (self.recovery, self.budget, self.on) if value]
         return [*masks, *flags, *own]
 
@@ -143,7 +148,7 @@ class GridFile(BaseModel):
 
     def inherits(self, method: Method, budget: str, keep: str | None) -> bool:
         """Whether a method's trainings start from what its searches have learned."""
-        if method.inherit is None and method.name == "default":
+        if method.as_usual:
             return self.ask(method, budget, keep).inherits
         return bool(method.inherit)
 

@@ -50,10 +50,9 @@ def test_every_command_line_parses() -> None:
 MEASURED = {  # a row of the README -> the method that a table of experiments/ has it of
     "full fine-tuning": "full", "found by default": "default", "S3PET, as a preset here": "s3pet",
     "found, trained from the start": "bilevel:fresh",
-    "norms, from the last layer down": "uniform:norm", "head only": "head",
+    "norms, from the last layer down": "uniform:norm",
     "single channels drawn at random": "random:unit", "LoRA on query and value":
-    "uniform:lora_qv", "biases, from the last layer down": "uniform:bias",
-    "whole modules drawn at random": "random", "full fine-tuning, nothing removed": "full",
+    "uniform:lora_qv", "full fine-tuning, nothing removed": "full",
     "PET first, then prune": "pet_first", "prune first, then PET": "prune_first",
     "one search for both": "joint", "APT-like search": "apt", "pruned by magnitude": "magnitude",
     "both drawn at random": "random:unit", "layers dropped from the top": "layer_drop:top"}
